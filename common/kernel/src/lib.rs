@@ -1,1 +1,4 @@
 //! (being written)
+pub mod namespace;
+pub mod net;
+pub mod socket_options;

@@ -1,0 +1,1 @@
+//! Namespaces: kinds, identity, entering, creating, and the mounts a capsule needs.

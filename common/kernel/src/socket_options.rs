@@ -1,0 +1,1 @@
+//! Typed access to the options of a socket that this process holds.
