@@ -1,2 +1,9 @@
-//! (being written)
+//! Pure data shared by every part of crcoord: ids, reports, configuration, wire messages and
+//! the image container. No I/O besides reading a configuration file, no threads, no clock.
 #![forbid(unsafe_code)]
+
+pub mod exit;
+pub mod ids;
+pub mod image;
+pub mod report;
+pub mod wire;
