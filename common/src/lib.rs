@@ -2,7 +2,9 @@
 //! the image container. No I/O besides reading a configuration file, no threads, no clock.
 #![forbid(unsafe_code)]
 
+pub mod commit;
 pub mod exit;
+pub mod frame;
 pub mod ids;
 pub mod image;
 pub mod report;

@@ -1,4 +1,5 @@
 //! (being written)
+pub mod ring;
 pub mod namespace;
 pub mod net;
 pub mod socket_options;

@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_back() {
-        let windows = [0, 1, 511, 512, 70_000, 0x7fff_ffff_f, 0x1ff_ffff_ffff];
+        let windows = [0, 1, 511, 512, 70_000, 0x7_ffff_ffff, 0x1ff_ffff_ffff];
         let (root, nodes) = build(windows.into_iter());
         let mut seen = Vec::new();
         walk(
