@@ -4,7 +4,6 @@
 
 pub mod commit;
 pub mod exit;
-pub mod frame;
 pub mod ids;
 pub mod image;
 pub mod report;
