@@ -1,4 +1,5 @@
 //! (being written)
+pub mod process_control;
 pub mod ring;
 pub mod namespace;
 pub mod net;
