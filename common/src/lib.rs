@@ -4,7 +4,9 @@
 
 pub mod commit;
 pub mod exit;
+pub mod hostlist;
 pub mod ids;
 pub mod image;
 pub mod report;
+pub mod units;
 pub mod wire;
