@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod commit;
+pub mod config;
 pub mod exit;
 pub mod hostlist;
 pub mod ids;
