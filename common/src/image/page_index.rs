@@ -51,6 +51,17 @@ impl Builder {
             .insert(entry.window, (entry.present, entry.chunk));
     }
 
+    /// Takes a window out again, for pages that are zero now.
+    pub fn remove(&mut self, window: u64) {
+        self.entries.remove(&window);
+    }
+
+    /// How many pages all windows have together.
+    pub fn pages(&self) -> u64 {
+        let present = self.entries.values();
+        present.map(|(present, _)| u64::from(present.count_ones())).sum()
+    }
+
     /// How many windows are known.
     pub fn len(&self) -> usize {
         self.entries.len()
