@@ -1,4 +1,5 @@
 //! The configuration from outside: which layer wins, what is refused, and what is said about it.
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::time::Duration;
