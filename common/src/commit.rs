@@ -8,7 +8,7 @@ use crate::image::ChunkId;
 use crate::wire::member::{JobSpec, MemberCommit, Placement};
 
 /// A committed epoch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CommitRecord {
     /// The job.
     pub job: JobKey,

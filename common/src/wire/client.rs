@@ -11,7 +11,7 @@ use crate::ids::{Epoch, Incarnation, JobId, JobKey, MemberId, NodeName};
 use crate::report::Report;
 
 /// A request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Start a job. Events: Started, Output, MemberEnded; ends with JobEnded, or at once with
@@ -121,7 +121,7 @@ pub enum Phase {
 }
 
 /// One epoch as it is shown.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct EpochInfo {
     /// Its number.
     pub epoch: Epoch,
@@ -136,7 +136,7 @@ pub struct EpochInfo {
 }
 
 /// What one member's part of an epoch cost.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MemberFigures {
     /// The member.
     pub member: MemberId,
@@ -167,7 +167,7 @@ pub enum JobState {
 }
 
 /// One job as it is shown.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct JobInfo {
     /// Identity.
     pub job: JobKey,
@@ -190,7 +190,7 @@ pub struct JobInfo {
 }
 
 /// One node as it is shown.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct NodeInfo {
     /// Its name.
     pub node: NodeName,
@@ -207,7 +207,7 @@ pub struct NodeInfo {
 }
 
 /// What a request is answered with, one after the other.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
     /// A job was started.

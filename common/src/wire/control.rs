@@ -12,7 +12,7 @@ use crate::image::ChunkId;
 use crate::report::Report;
 
 /// A message with what makes it fenced. Events that answer nothing have request id 0.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Frame<T> {
     /// Request that this is, or answers.
     pub request: RequestId,
@@ -23,7 +23,7 @@ pub struct Frame<T> {
 }
 
 /// From the coordinator to an agent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ToAgent {
     /// Answers Hello.
@@ -161,7 +161,7 @@ pub enum ToAgent {
 }
 
 /// Choices of a checkpoint request that the engine needs to know.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CaptureOptions {
     /// Established TCP connections to peers outside the job are reset at restart instead of being
     /// an obstacle.
@@ -173,7 +173,7 @@ pub struct CaptureOptions {
 }
 
 /// A second place for a part.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CopyTarget {
     /// Another agent's store.
@@ -188,7 +188,7 @@ pub enum CopyTarget {
 }
 
 /// Where a part comes from at restart.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
     /// The agent's own store.
@@ -205,7 +205,7 @@ pub enum Source {
 }
 
 /// Everything about a restore that is not in the image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RestoreOrder {
     /// The part.
     pub part: PartKey,
@@ -220,7 +220,7 @@ pub struct RestoreOrder {
 }
 
 /// What a preflight found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Preflight {
     /// Every reason why a checkpoint is not possible, and notes.
     pub findings: Vec<Report>,
@@ -233,7 +233,7 @@ pub struct Preflight {
 }
 
 /// What a capture took.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CaptureSummary {
     /// Processes.
     pub processes: u32,
@@ -248,7 +248,7 @@ pub struct CaptureSummary {
 }
 
 /// A member as its agent knows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MemberState {
     /// The member.
     pub key: MemberKey,
@@ -259,7 +259,7 @@ pub struct MemberState {
 }
 
 /// A part in an agent's store.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartState {
     /// The part.
     pub part: PartKey,
@@ -268,7 +268,7 @@ pub struct PartState {
 }
 
 /// From an agent to the coordinator.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FromAgent {
     /// First message on the stream.

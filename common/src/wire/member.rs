@@ -20,7 +20,7 @@ pub struct Owner {
 }
 
 /// A program to start.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Command {
     /// The program and its arguments; the program is looked up in the `PATH` of `environment`.
     pub arguments: Vec<String>,
@@ -34,7 +34,7 @@ pub struct Command {
 }
 
 /// Where a member's standard streams go.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stdio {
     /// Input from /dev/null, output to files opened for appending as the owner. `%j` is the job id,
@@ -52,7 +52,7 @@ pub enum Stdio {
 }
 
 /// In which network a member lives.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetworkMode {
     /// The node's own network; a restart on another node rewrites both ends of every connection.
@@ -62,7 +62,7 @@ pub enum NetworkMode {
 }
 
 /// A job as it was asked for: everything a restart needs besides images.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct JobSpec {
     /// Whose job it is.
     pub owner: Owner,
@@ -80,7 +80,7 @@ pub struct JobSpec {
 }
 
 /// Where one member is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Placement {
     /// The member.
     pub member: MemberId,
@@ -91,7 +91,7 @@ pub struct Placement {
 }
 
 /// The network one member's capsule is given.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemberNetwork {
     /// The node's own.
@@ -106,7 +106,7 @@ pub enum MemberNetwork {
 }
 
 /// What a capsule is started with.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CapsuleSpec {
     /// Credentials of the program.
     pub owner: Owner,
@@ -147,7 +147,7 @@ pub struct TcpEnd {
 }
 
 /// Where a part can be fetched from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Replica {
     /// The store of this node's agent.
@@ -157,7 +157,7 @@ pub enum Replica {
 }
 
 /// What an epoch's commit says of one member.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MemberCommit {
     /// The member.
     pub member: MemberId,
