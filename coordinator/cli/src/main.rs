@@ -1,4 +1,6 @@
-//! (being written)
+//! The binary `crcoord`: everything is in the library of the same name.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    crcoord::main()
+}

@@ -1,0 +1,17 @@
+//! `crcoord coordinator`: the daemon that drives all agents of a cluster.
+
+use crate::context::Context;
+use crate::failure::{Failure, Outcome};
+use crate::logging;
+
+/// Arguments of `coordinator`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {}
+
+impl Arguments {
+    /// Runs until it is asked to stop.
+    pub fn execute(self, context: &Context) -> Outcome {
+        logging::start(context)?;
+        Err(Failure::usage("this build has no coordinator"))
+    }
+}

@@ -1,0 +1,65 @@
+//! The one binary `crcoord` as a library: roles, operator commands, and the demo with its cluster of
+//! network namespaces, which tests use too.
+#![forbid(unsafe_code)]
+
+mod arguments;
+pub mod client;
+mod commands;
+mod context;
+pub mod failure;
+mod logging;
+mod output;
+mod progress;
+mod service;
+mod users;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use arguments::Arguments;
+use crcoord_common::exit::ExitCode as Code;
+use failure::Failure;
+
+/// The whole program: reads the command line, does what it says, tells how it went.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refused_command_line(&error),
+    };
+    let json = arguments.global.json;
+    // The status of `run` is the program's own: a failure of ours must not look like it.
+    let returns_status = arguments.command.returns_programs_status();
+    match arguments.command.execute(&arguments.global) {
+        Ok(status) => status,
+        Err(failure) => {
+            failure.tell(json);
+            match returns_status {
+                true => Code::RunFailed.into(),
+                false => failure.exit_code().into(),
+            }
+        }
+    }
+}
+
+/// Help and version are no failures; of `run` a wrong command line must not look like the program's
+/// status 2.
+fn refused_command_line(error: &clap::Error) -> ExitCode {
+    // Nothing is left to tell it to if the terminal is gone.
+    let _ = error.print();
+    let is_run = std::env::args().skip(1).find(|word| !word.starts_with('-'));
+    match (error.exit_code(), is_run.as_deref()) {
+        (0, _) => Code::Done.into(),
+        (_, Some("run")) => Code::RunFailed.into(),
+        _ => Code::Usage.into(),
+    }
+}
+
+/// Runs a future of a command on this thread.
+fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::internal("cannot start the event loop", &error))?
+        .block_on(future)
+}
