@@ -143,7 +143,7 @@ impl ImageStore for DirectoryStore {
         let series = self.series_of(part);
         let mut series = locked(&series);
         series.ensure_loaded()?;
-        Ok(ids.iter().map(|id| series.knows(id)).collect())
+        Ok(ids.iter().map(|id| series.index().knows(id)).collect())
     }
 
     fn parts(&self) -> Result<Vec<PartSummary>, StoreError> {
@@ -188,7 +188,7 @@ impl ImageStore for DirectoryStore {
         let (pack, extent) = locked(&series).find_anew(&id)?;
         pack.read_raw(id, extent).inspect_err(|error| {
             if matches!(error, StoreError::Damaged { .. }) {
-                locked(&series).mark_bad(id);
+                locked(&series).index().mark_bad(id);
             }
         })
     }

@@ -2,6 +2,7 @@
 //! crcoord keeps on disk. All calls block; daemons make them from blocking threads.
 #![forbid(unsafe_code)]
 
+mod chunk_index;
 mod codec;
 mod directory;
 mod error;

@@ -6,7 +6,7 @@
 //! and disappears by the removal of its seal; a pack without a seal beside it belongs to a retired
 //! part and stays while another part's seal names it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crcoord_common::ids::{Epoch, JobKey, MemberId, PartKey};
 use crcoord_common::image::ChunkId;
 
-use crate::codec::Codec;
+use crate::chunk_index::{ChunkIndex, IndexedPack};
 use crate::error::StoreError;
 use crate::files;
 use crate::pack::{Extent, Pack, Table};
@@ -40,47 +40,11 @@ pub(crate) struct Series {
     key: SeriesKey,
     directory: PathBuf,
     loaded: bool,
-    packs: Vec<Option<IndexedPack>>,
-    index: HashMap<ChunkId, Location>,
-    /// Chunks found damaged: they are stored again by the next part that has them.
-    bad: HashSet<ChunkId>,
+    index: ChunkIndex,
     /// Packs that could not be indexed, or not as a whole, and why.
     impaired: BTreeMap<Epoch, StoreError>,
     stages: HashMap<u16, Stage>,
     next_stage: u16,
-}
-
-#[derive(Debug)]
-struct IndexedPack {
-    epoch: Epoch,
-    pack: Arc<Pack>,
-    /// Stored bytes of all its chunks.
-    bytes: u64,
-    /// It holds chunks that another pack holds too.
-    overlaps: bool,
-}
-
-/// 24 bytes, 56 with the id: there is one for every 64 KiB of a job's memory.
-#[derive(Clone, Copy, Debug)]
-struct Location {
-    offset: u64,
-    stored: u32,
-    raw: u32,
-    pack: u32,
-    /// The last stage that counted this chunk.
-    noted: u16,
-    codec: Codec,
-}
-
-impl Location {
-    fn extent(&self) -> Extent {
-        Extent {
-            offset: self.offset,
-            stored: self.stored,
-            raw: self.raw,
-            codec: self.codec,
-        }
-    }
 }
 
 /// A part that is being written.
@@ -111,9 +75,7 @@ impl Series {
             key,
             directory,
             loaded: false,
-            packs: Vec::new(),
-            index: HashMap::new(),
-            bad: HashSet::new(),
+            index: ChunkIndex::default(),
             impaired: BTreeMap::new(),
             stages: HashMap::new(),
             next_stage: 0,
@@ -132,11 +94,13 @@ impl Series {
 
     /// The epochs that have a directory here, sealed or not.
     pub(crate) fn epochs(&self) -> Result<Vec<Epoch>, StoreError> {
-        let mut epochs: Vec<Epoch> = files::names(&self.directory)?
+        let names = files::names(&self.directory)?;
+        let mut epochs: Vec<Epoch> = names
             .iter()
             .filter_map(|name| name.strip_prefix('e')?.parse().ok().map(Epoch))
             .collect();
         epochs.sort_unstable();
+        epochs.dedup();
         Ok(epochs)
     }
 
@@ -159,40 +123,28 @@ impl Series {
     /// Indexes the packs that were not known yet and forgets those that are gone.
     pub(crate) fn refresh(&mut self) -> Result<(), StoreError> {
         let epochs = self.epochs()?;
-        let gone: Vec<Epoch> = self
-            .packs
-            .iter()
-            .flatten()
-            .map(|pack| pack.epoch)
-            .filter(|epoch| !epochs.contains(epoch))
-            .collect();
+        let indexed = self.index.packs().map(|pack| pack.epoch);
+        let gone: Vec<Epoch> = indexed.filter(|epoch| !epochs.contains(epoch)).collect();
+        self.index.forget(&gone);
         self.loaded = true;
-        if self.forget(&gone) {
-            return self.refresh();
-        }
-        self.impaired.clear();
+        // A pack that is indexed in part stays so; the others are tried again.
+        let index = &self.index;
+        self.impaired.retain(|epoch, _| index.has_pack(*epoch));
         for epoch in epochs {
-            if !self.packs.iter().flatten().any(|pack| pack.epoch == epoch) {
+            if !self.index.has_pack(epoch) {
                 self.load(epoch);
             }
         }
         Ok(())
     }
 
-    /// The places of chunks, as far as this process knows; see [`Series::refresh`].
-    pub(crate) fn find(&self, id: &ChunkId) -> Option<(Arc<Pack>, Extent)> {
-        let location = self.index.get(id)?;
-        let pack = self.packs.get(location.pack as usize)?.as_ref()?;
-        Some((pack.pack.clone(), location.extent()))
-    }
-
-    /// As `find`; looks again on the disk where the chunk is not known, and says why it is missing.
+    /// Where a chunk lies. Looks again on the disk where it is not known, and says why it is missing.
     pub(crate) fn find_anew(&mut self, id: &ChunkId) -> Result<(Arc<Pack>, Extent), StoreError> {
-        if let Some(found) = self.find(id) {
+        if let Some(found) = self.index.find(id) {
             return Ok(found);
         }
         self.refresh()?;
-        if let Some(found) = self.find(id) {
+        if let Some(found) = self.index.find(id) {
             return Ok(found);
         }
         Err(match self.impaired.first_key_value() {
@@ -204,12 +156,9 @@ impl Series {
         })
     }
 
-    pub(crate) fn knows(&mut self, id: &ChunkId) -> bool {
-        self.index.contains_key(id) && !self.bad.contains(id)
-    }
-
-    pub(crate) fn mark_bad(&mut self, id: ChunkId) {
-        self.bad.insert(id);
+    /// What is known of the packs, for looking up.
+    pub(crate) fn index(&mut self) -> &mut ChunkIndex {
+        &mut self.index
     }
 
     /// Loads the index unless that is done.
@@ -230,7 +179,7 @@ impl Series {
         let tag = self.free_tag();
         let stage = Stage {
             directory: directory.clone(),
-            pinned: self.packs.iter().flatten().map(|p| p.epoch).collect(),
+            pinned: self.index.packs().map(|pack| pack.epoch).collect(),
             dense: self.dense_packs(epoch)?,
             uses: BTreeMap::new(),
         };
@@ -240,23 +189,17 @@ impl Series {
 
     /// Lets a stage refer to a chunk.
     pub(crate) fn note(&mut self, tag: u16, id: &ChunkId) -> Noted {
-        if self.bad.contains(id) {
-            return Noted::Unknown;
-        }
-        let (Some(location), Some(stage)) = (self.index.get_mut(id), self.stages.get_mut(&tag))
-        else {
+        let (Some(place), Some(stage)) = (self.index.place(id), self.stages.get_mut(&tag)) else {
             return Noted::Unknown;
         };
-        let Some(Some(pack)) = self.packs.get(location.pack as usize) else {
-            return Noted::Unknown;
-        };
-        if !stage.dense.contains(&pack.epoch) {
-            return Noted::Copy(pack.pack.clone(), location.extent());
+        let epoch = place.pack.epoch;
+        if !stage.dense.contains(&epoch) {
+            return Noted::Copy(place.pack.pack.clone(), place.extent);
         }
-        if location.noted != tag {
-            location.noted = tag;
-            *stage.uses.entry(pack.epoch).or_default() += u64::from(location.stored);
-            stage.pinned.insert(pack.epoch);
+        if *place.noted != tag {
+            *place.noted = tag;
+            *stage.uses.entry(epoch).or_default() += u64::from(place.extent.stored);
+            stage.pinned.insert(epoch);
         }
         Noted::Referred
     }
@@ -278,10 +221,8 @@ impl Series {
 
     /// Takes over the pack of a part that was just sealed.
     pub(crate) fn adopt(&mut self, epoch: Epoch, pack: Pack, table: Table) {
-        for id in table.keys() {
-            self.bad.remove(id);
-        }
-        self.insert_pack(epoch, pack, table);
+        self.index.mend(table.keys());
+        self.index.insert(epoch, pack, table);
     }
 
     /// Ends a stage, sealed or not.
@@ -344,7 +285,7 @@ impl Series {
                 let _ = fs::remove_dir(&directory);
             }
         }
-        if self.forget(&gone) {
+        if self.index.forget(&gone) {
             self.refresh()?;
         }
         if self.stages.is_empty() && self.directory.exists() {
@@ -356,7 +297,9 @@ impl Series {
     /// Drops the index where no stage needs it.
     pub(crate) fn release_memory(&mut self) {
         if self.stages.is_empty() {
-            self.clear_index();
+            self.loaded = false;
+            self.index.clear();
+            self.impaired.clear();
         }
     }
 
@@ -373,7 +316,7 @@ impl Series {
                 let used = sealed.uses.iter().find(|used| used.epoch == pack.epoch);
                 used.is_some_and(|used| used.bytes.saturating_mul(2) >= pack.bytes)
             };
-            let packs = self.packs.iter().flatten();
+            let packs = self.index.packs();
             return Ok(packs.filter(used).map(|pack| pack.epoch).collect());
         }
         Ok(BTreeSet::new())
@@ -381,7 +324,7 @@ impl Series {
 
     fn load(&mut self, epoch: Epoch) {
         match self.open_pack(epoch) {
-            Ok(Some((pack, table))) => self.insert_pack(epoch, pack, table),
+            Ok(Some((pack, table))) => self.index.insert(epoch, pack, table),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a pack is not indexed");
@@ -421,55 +364,6 @@ impl Series {
         Ok(Some((pack, table)))
     }
 
-    fn insert_pack(&mut self, epoch: Epoch, pack: Pack, table: Table) {
-        let slot = self.packs.len() as u32;
-        let (mut bytes, mut overlaps) = (0, false);
-        self.index.reserve(table.len());
-        for (id, extent) in table {
-            bytes += u64::from(extent.stored);
-            let location = Location {
-                offset: extent.offset,
-                stored: extent.stored,
-                raw: extent.raw,
-                pack: slot,
-                noted: 0,
-                codec: extent.codec,
-            };
-            overlaps |= self.index.insert(id, location).is_some();
-        }
-        self.packs.push(Some(IndexedPack {
-            epoch,
-            pack: Arc::new(pack),
-            bytes,
-            overlaps,
-        }));
-    }
-
-    /// Forgets packs. True when the index was dropped, because a forgotten pack hid chunks of
-    /// another, and must be read again.
-    fn forget(&mut self, gone: &[Epoch]) -> bool {
-        let (mut slots, mut overlaps) = (HashSet::new(), false);
-        for (slot, entry) in self.packs.iter_mut().enumerate() {
-            if let Some(pack) = entry.take_if(|pack| gone.contains(&pack.epoch)) {
-                overlaps |= pack.overlaps;
-                slots.insert(slot as u32);
-            }
-        }
-        if overlaps {
-            self.clear_index();
-        } else if !slots.is_empty() {
-            self.index.retain(|_, at| !slots.contains(&at.pack));
-        }
-        overlaps
-    }
-
-    fn clear_index(&mut self) {
-        self.loaded = false;
-        self.packs = Vec::new();
-        self.index = HashMap::new();
-        self.impaired.clear();
-    }
-
     fn create_staging(&self, epoch: Epoch) -> Result<PathBuf, StoreError> {
         for attempt in 1u32.. {
             let path = self.directory.join(format!("{STAGING}e{epoch}-{attempt}"));
@@ -485,7 +379,7 @@ impl Series {
         loop {
             self.next_stage = self.next_stage.wrapping_add(1);
             if self.next_stage == 1 {
-                self.index.values_mut().for_each(|at| at.noted = 0);
+                self.index.wipe_notes();
             }
             if self.next_stage != 0 && !self.stages.contains_key(&self.next_stage) {
                 return self.next_stage;

@@ -131,7 +131,7 @@ impl ChunkSink for DirectoryStaged {
                     Ok(chunk) => self.append(&chunk).map(|_| true),
                     Err(error) => {
                         tracing::warn!(%error, "a stored chunk cannot be used again");
-                        locked(&self.series).mark_bad(id);
+                        locked(&self.series).index().mark_bad(id);
                         Ok(false)
                     }
                 }
