@@ -196,24 +196,23 @@ impl Connection {
     /// The next stream that the peer opens. Cancel-safe.
     pub async fn accept_stream(&self) -> Result<Stream, StreamError> {
         let mut begun = self.begun.lock().await;
-        let (_, recv) = match begun.as_mut() {
-            Some(stream) => stream,
-            None => {
-                let stream = self.quic.accept_bi().await;
-                begun.insert(stream.map_err(|error| self.lost(error))?)
-            }
-        };
+        if begun.is_none() {
+            let accepted = self.quic.accept_bi().await;
+            *begun = Some(accepted.map_err(|error| self.lost(error))?);
+        }
         let mut kind = [0];
-        let read = recv.read(&mut kind).await; // of one byte: all or nothing, so cancel-safe
-        let Some((send, recv)) = begun.take() else {
-            unreachable!("the lock is held and the stream was just read from");
+        let read = match begun.as_mut() {
+            // Of one byte, so all or nothing: cancel-safe.
+            Some((_, recv)) => recv.read(&mut kind).await,
+            None => Ok(None), // it was filled above, under the same lock
         };
+        let taken = begun.take();
         drop(begun);
+        let ended = || self.beginning(FrameError::Truncated);
+        let (send, recv) = taken.ok_or_else(ended)?;
         match read {
             Ok(Some(_)) => {}
-            Ok(None) => {
-                return Err(self.beginning(FrameError::Truncated));
-            }
+            Ok(None) => return Err(ended()),
             Err(ReadError::ConnectionLost(error)) => return Err(self.lost(error)),
             Err(other) => return Err(self.beginning(FrameError::Io(other.into()))),
         }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use crcoord_common::report::{Class, Report};
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -105,6 +106,55 @@ pub enum IdentityError {
         /// webpki's reason.
         reason: webpki::Error,
     },
+}
+
+impl IdentityError {
+    /// As it reaches people.
+    pub fn report(&self) -> Report {
+        let (code, path, remedy) = match self {
+            IdentityError::Read { path, .. } => (
+                "identity-read",
+                path,
+                "issue this host a certificate (crcoord pki issue) and install its files",
+            ),
+            IdentityError::KeyIsOpen { path, .. } => {
+                ("identity-key-open", path, "chmod 0600 the key file")
+            }
+            IdentityError::Unusable { path, .. } => (
+                "identity-unusable",
+                path,
+                "install the files again as `crcoord pki issue` wrote them",
+            ),
+            IdentityError::Name { path, .. } => (
+                "identity-name",
+                path,
+                "use a certificate that `crcoord pki issue` made",
+            ),
+            IdentityError::KeyMismatch { key, .. } => (
+                "identity-key-mismatch",
+                key,
+                "install certificate and key of the same issue",
+            ),
+            IdentityError::Expired { path, .. } => (
+                "identity-expired",
+                path,
+                "issue and install a new certificate (crcoord pki issue)",
+            ),
+            IdentityError::NotOurs { certificate, .. } => (
+                "identity-not-ours",
+                certificate,
+                "install the ca.pem of the authority that issued the certificate",
+            ),
+        };
+        let errno = match self {
+            IdentityError::Read { source, .. } => source.raw_os_error(),
+            _ => None,
+        };
+        Report::new(code, Class::Failure, self.to_string())
+            .path(path.display().to_string())
+            .errno(errno)
+            .remedy(remedy)
+    }
 }
 
 impl Identity {

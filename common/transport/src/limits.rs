@@ -10,6 +10,12 @@ use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig
 /// Smallest UDP payload QUIC allows (RFC 9000 section 14), in bytes.
 const SMALLEST_MTU: u16 = 1200;
 
+/// Largest UDP payload, in bytes. quinn 0.11 hands the kernel up to 10 datagrams in one call
+/// (UDP_SEGMENT), which together may not exceed 65507 bytes (IPv4's largest datagram); beyond it the
+/// kernel says EMSGSIZE, quinn takes that for a lost MTU probe, and whole batches vanish until the
+/// path counts as a black hole and falls back to 1200 bytes: measured as a fifth of the throughput.
+const LARGEST_MTU: u16 = 65507 / 10;
+
 /// Bounds and tuning of one endpoint and all its connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -20,6 +26,9 @@ pub struct Limits {
     /// `2 * max_streams * stream_window`, so that bulk streams whose reader is stuck on a slow
     /// store cannot use up what heartbeats on the same connection need.
     pub connection_window: u64,
+    /// Bytes sent and not yet acknowledged, all streams of a connection together: memory kept for
+    /// retransmission, and the most a burst can ask of the peer's socket buffer.
+    pub send_window: u64,
     /// Streams open at a time on one connection, in each direction, control included; opening one
     /// more waits.
     pub max_streams: u32,
@@ -29,7 +38,7 @@ pub struct Limits {
     pub keep_alive: Duration,
     /// UDP payload to begin with, in bytes. Only the default 1200 is sure to pass everywhere.
     pub initial_mtu: u16,
-    /// Largest UDP payload that path MTU discovery tries, in bytes.
+    /// Largest UDP payload that path MTU discovery tries, in bytes; at most 6550.
     pub max_mtu: u16,
     /// Bytes in flight before the first acknowledgement (congestion window at start).
     pub initial_window: u64,
@@ -53,11 +62,12 @@ impl Default for Limits {
         Limits {
             stream_window: 16 << 20,
             connection_window: 256 << 20,
+            send_window: 8 << 20,
             max_streams: 8,
             idle: Duration::from_secs(10),
             keep_alive: Duration::from_secs(2),
             initial_mtu: SMALLEST_MTU,
-            max_mtu: 8952, // a jumbo frame of 9000 bytes less the headers of IPv6 and UDP
+            max_mtu: 6528, // fits jumbo frames of 9000 bytes; see LARGEST_MTU why not more
             initial_window: 1 << 20,
             socket_buffer: 8 << 20,
             handshake: Duration::from_secs(5),
@@ -104,6 +114,9 @@ impl Limits {
             let reason = format!("must be at least 2 * max_streams * stream_window = {floor}");
             return refuse("connection_window", reason);
         }
+        if self.send_window < 64 << 10 {
+            return refuse("send_window", "must be at least 64 KiB".into());
+        }
         if self.idle.is_zero() || IdleTimeout::try_from(self.idle).is_err() {
             return refuse("idle", "must be above 0 and below 2^62 ms".into());
         }
@@ -116,8 +129,9 @@ impl Limits {
         if self.initial_mtu < SMALLEST_MTU {
             return refuse("initial_mtu", format!("must be at least {SMALLEST_MTU}"));
         }
-        if self.max_mtu < self.initial_mtu || self.max_mtu > 65527 {
-            return refuse("max_mtu", "must lie between initial_mtu and 65527".into());
+        if self.max_mtu < self.initial_mtu || self.max_mtu > LARGEST_MTU {
+            let reason = format!("must lie between initial_mtu and {LARGEST_MTU}");
+            return refuse("max_mtu", reason);
         }
         if self.handshake.is_zero() {
             return refuse("handshake", "must not be 0".into());
@@ -149,8 +163,7 @@ impl Limits {
         config
             .stream_receive_window(self.stream_window.into())
             .receive_window(VarInt::from_u64(self.connection_window).unwrap_or(VarInt::MAX))
-            // What we hold for retransmission; more than two streams' worth is never in flight.
-            .send_window(2 * u64::from(self.stream_window))
+            .send_window(self.send_window)
             .max_concurrent_bidi_streams(self.max_streams.into())
             // One for the server's welcome.
             .max_concurrent_uni_streams(1u32.into())
@@ -178,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_that_would_starve_control_is_refused_by_name() {
+    fn values_that_break_a_promise_are_refused_by_name() {
         let limits = Limits {
             connection_window: 255 << 20,
             ..Limits::default()
@@ -189,5 +202,10 @@ mod tests {
             ..Limits::default()
         };
         assert_eq!(limits.check().unwrap_err().name, "keep_alive");
+        let limits = Limits {
+            max_mtu: 8952,
+            ..Limits::default()
+        };
+        assert_eq!(limits.check().unwrap_err().name, "max_mtu");
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crcoord_common::report::{Class, Report};
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -83,6 +84,34 @@ pub enum PkiError {
     /// The cryptographic library refused.
     #[error("cannot make key or certificate: {0}")]
     Crypto(String),
+}
+
+impl PkiError {
+    /// As it reaches people.
+    pub fn report(&self) -> Report {
+        let text = self.to_string();
+        match self {
+            PkiError::Exists(path) => Report::new("pki-exists", Class::Failure, text)
+                .path(path.display().to_string())
+                .remedy("give another directory, or move the old file away first"),
+            PkiError::File { path, source, .. } => Report::new("pki-file", Class::Failure, text)
+                .path(path.display().to_string())
+                .errno(source.raw_os_error()),
+            PkiError::Authority { path, .. } => Report::new("pki-authority", Class::Failure, text)
+                .path(path.display().to_string())
+                .remedy("give the directory that `crcoord pki init` has made"),
+            PkiError::Name(_) => Report::new("pki-name", Class::Usage, text),
+            PkiError::SubjectName(_) => Report::new("pki-subject-name", Class::Usage, text),
+            PkiError::Validity(_) => Report::new("pki-validity", Class::Usage, text),
+            PkiError::KeyMismatch { key, .. } => {
+                Report::new("pki-key-mismatch", Class::Failure, text)
+                    .path(key.display().to_string())
+                    .remedy("put certificate and key of the same authority into the directory")
+            }
+            PkiError::NotPem(_) => Report::new("pki-not-pem", Class::Failure, text),
+            PkiError::Crypto(_) => Report::new("pki-crypto", Class::Failure, text),
+        }
+    }
 }
 
 /// What `init` made.

@@ -153,6 +153,9 @@ async fn sixty_four_mebibytes_arrive_bit_identical() {
         got.extend_from_slice(&body);
     }
     send.await.unwrap();
+    // Large packets were found to pass and kept on passing (see `limits::LARGEST_MTU`).
+    let mtu = pair.from_node.statistics().path.current_mtu;
+    assert!(mtu > 6000, "path MTU is {mtu}");
     assert!(
         got == data,
         "{} of {} bytes came, or they differ",
