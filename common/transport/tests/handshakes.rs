@@ -3,11 +3,14 @@
 
 mod support;
 
+use std::fs;
 use std::net::UdpSocket;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use crcoord_transport::{ConnectError, Endpoint, EndpointError, Limits, Lost, Role};
+use crcoord_transport::{
+    ConnectError, Endpoint, EndpointError, Identity, IdentityError, Limits, Lost, Role, pki,
+};
 use quinn::crypto::rustls::QuicClientConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -125,6 +128,67 @@ async fn a_peer_of_another_cluster_is_refused_by_the_client() {
         .await
         .unwrap_err();
     assert!(matches!(error, ConnectError::WrongPeer { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_peer_of_another_cluster_is_refused_by_the_server_even_if_its_authority_is_trusted() {
+    let (alpha, beta) = (Cluster::new("alpha"), Cluster::new("beta"));
+    let both = alpha.path().join("both.pem");
+    let texts = [alpha.authority(), beta.authority()].map(|path| fs::read(path).unwrap());
+    fs::write(&both, texts.concat()).unwrap();
+    let bind = |cluster: &Cluster, role, name| {
+        let mut paths = cluster.paths(&cluster.issue(role, name));
+        paths.authority = both.clone();
+        let identity = Identity::load(&paths).unwrap();
+        Endpoint::bind(loopback(), identity, Limits::default()).unwrap()
+    };
+    let server = bind(&alpha, Role::Coordinator, "c1");
+    let stranger = bind(&beta, Role::Node, "n1");
+    let expected = alpha.peer(Role::Coordinator, "c1");
+    let address = server.local_address().unwrap();
+    let error = stranger.connect(address, &expected).await.unwrap_err();
+    assert!(matches!(error, ConnectError::Refused { .. }), "{error}");
+
+    // A peer of the right cluster gets in with the same two authorities.
+    let node = bind(&alpha, Role::Node, "n1");
+    let (called, accepted) = tokio::join!(node.connect(address, &expected), server.accept());
+    called.unwrap();
+    assert_eq!(accepted.unwrap().peer().cluster(), "alpha");
+}
+
+#[tokio::test]
+async fn an_expired_certificate_ends_no_connection_but_begins_none() {
+    let cluster = Cluster::new("alpha");
+    let request = pki::Request {
+        role: Role::Coordinator,
+        name: "c1",
+        subject_names: &[],
+        validity: Duration::from_secs(2),
+    };
+    let issued = pki::issue(cluster.path(), &request, cluster.path()).unwrap();
+    let identity = Identity::load(&cluster.paths(&issued)).unwrap();
+    let server = Endpoint::bind(loopback(), identity, Limits::default()).unwrap();
+    let node = cluster.endpoint(Role::Node, "n1");
+    let expected = cluster.peer(Role::Coordinator, "c1");
+    let address = server.local_address().unwrap();
+    let (called, accepted) = tokio::join!(node.connect(address, &expected), server.accept());
+    let (called, accepted) = (called.unwrap(), accepted.unwrap());
+
+    // X.509 counts whole seconds and the last one is still valid.
+    let over = issued.expires + Duration::from_secs(1);
+    while let Ok(left) = over.duration_since(SystemTime::now()) {
+        tokio::time::sleep(left).await;
+    }
+    let error = node.connect(address, &expected).await.unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::Untrusted { reason, .. } if reason.contains("expired")),
+        "{error}"
+    );
+    let error = Identity::load(&cluster.paths(&issued)).unwrap_err();
+    assert!(matches!(error, IdentityError::Expired { .. }), "{error}");
+    let (opened, got) = tokio::join!(called.open_control(), accepted.accept_stream());
+    opened.unwrap();
+    got.unwrap();
 }
 
 #[tokio::test]
