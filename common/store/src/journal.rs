@@ -60,6 +60,9 @@ pub enum JournalError {
         /// What is wrong.
         what: String,
     },
+    /// A record's type holds something that MessagePack cannot express.
+    #[error("a record for the journal cannot be encoded: {0}")]
+    Unencodable(String),
     /// A record is longer than is accepted.
     #[error("a record of {length} bytes is too long for the journal")]
     TooLong {
@@ -91,8 +94,8 @@ impl JournalError {
                     "put back a backup, or rebuild the journal from the stores' commit records",
                 )
             }
-            JournalError::TooLong { .. } => {
-                Report::new("journal-record-too-long", Class::Failure, self.to_string())
+            JournalError::TooLong { .. } | JournalError::Unencodable(_) => {
+                Report::new("journal-bad-record", Class::Failure, self.to_string())
             }
         }
     }
@@ -128,10 +131,8 @@ impl Journal {
     pub fn append<R: Serialize>(&self, records: &[R]) -> Result<Persisted, JournalError> {
         let mut bodies = Vec::with_capacity(records.len());
         for record in records {
-            let body = rmp_serde::to_vec_named(record).map_err(|error| JournalError::Damaged {
-                path: self.path.clone(),
-                what: format!("a record cannot be encoded: {error}"),
-            })?;
+            let body = rmp_serde::to_vec_named(record)
+                .map_err(|error| JournalError::Unencodable(error.to_string()))?;
             if body.len() > RECORD_LIMIT {
                 return Err(JournalError::TooLong { length: body.len() });
             }

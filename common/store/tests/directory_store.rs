@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use crcoord_common::image::ChunkId;
+use crcoord_common::image::{ChunkId, Manifest, SealingKey};
 use crcoord_store::{
     DirectoryStore, EncodedChunk, ImageStore, Kind, PartReader, PartSource, PartState, PartWriter,
     PutOutcome, StoreError,
@@ -567,4 +567,71 @@ fn a_consumer_that_gives_up_ends_the_reader() {
     });
     assert_eq!(result.unwrap_err().to_string(), "enough");
     assert_eq!(seen, 5);
+}
+
+#[test]
+fn a_removal_that_was_interrupted_is_finished_later() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open(root.path(), Kind::Local);
+    save(&*store, &part(1, 0), &memory(5)).unwrap();
+    let mut changed = memory(5);
+    changed.insert(0, window(100));
+    save(&*store, &part(2, 0), &changed).unwrap();
+    save(&*store, &part(3, 0), &memory(3)).unwrap();
+    store.commit(&part(3, 0), b"record").unwrap();
+    drop(store);
+    // The seal goes first; a crash right after it leaves the rest.
+    for epoch in [1, 3] {
+        fs::remove_file(pack_of(root.path(), epoch, 0).with_file_name("seal")).unwrap();
+    }
+    let shared = open(root.path(), Kind::Shared);
+    assert_eq!(
+        shared.parts().unwrap().len(),
+        1,
+        "without a seal there is no part"
+    );
+    drop(shared);
+    let store = open(root.path(), Kind::Local);
+    assert!(!pack_of(root.path(), 3, 0).with_file_name("").exists());
+    let names = fs::read_dir(pack_of(root.path(), 1, 0).with_file_name("")).unwrap();
+    assert_eq!(
+        names.count(),
+        1,
+        "epoch 2 needs the pack of epoch 1 and nothing else of it"
+    );
+    assert_eq!(load(&store, &part(2, 0)), changed);
+}
+
+/// `golden/store-v1` was written by the first version and is kept for ever.
+#[test]
+fn what_version_1_wrote_is_read() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v1");
+    let store = open(&root, Kind::ReadOnly);
+    let parts = store.parts().unwrap();
+    let states: Vec<_> = parts
+        .iter()
+        .map(|p| (p.part.epoch.0, p.state.clone()))
+        .collect();
+    assert_eq!(states, [(1, PartState::Committed), (2, PartState::Sealed)]);
+    for epoch in [1, 2] {
+        let encoded = store.manifest(&part(epoch, 0)).unwrap();
+        let manifest = Manifest::decode_any(&encoded, &SealingKey::Checksum).unwrap();
+        assert_eq!(manifest.body.part, Some(part(epoch, 0)));
+        let source = PartSource::new(store.clone(), part(epoch, 0));
+        let mut pages = Vec::new();
+        PartReader::new(&manifest.body.memory, PAGE, &source)
+            .read_all(1, |run, bytes| {
+                assert_eq!((run.present, bytes.len()), (0b101, 8192));
+                pages.push((run.window, bytes[0], bytes[8191]));
+                Ok::<_, ()>(())
+            })
+            .unwrap();
+        pages.sort_unstable();
+        let changed = if epoch == 1 { 20 } else { 99 };
+        assert_eq!(pages, [(1, 10, 10), (2, changed, changed), (600, 30, 30)]);
+    }
+    assert_eq!(
+        store.commit_record(&part(1, 0)).unwrap().unwrap(),
+        b"golden"
+    );
 }

@@ -138,3 +138,37 @@ fn every_truncation_is_refused_or_loses_no_record_silently() {
         }
     }
 }
+
+#[test]
+fn a_newer_schema_is_not_downgraded() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("journal");
+    drop(Journal::open(&path).unwrap());
+    let database = redb::Database::open(&path).unwrap();
+    let write = database.begin_write().unwrap();
+    let meta = redb::TableDefinition::<&str, u64>::new("meta");
+    write.open_table(meta).unwrap().insert("schema", 2).unwrap();
+    write.commit().unwrap();
+    drop(database);
+    assert!(matches!(
+        Journal::open(&path),
+        Err(JournalError::TooNew { found: 2, .. })
+    ));
+}
+
+#[test]
+fn a_missing_record_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("journal");
+    Journal::open(&path).unwrap().append(&records()).unwrap();
+    let database = redb::Database::open(&path).unwrap();
+    let write = database.begin_write().unwrap();
+    let table = redb::TableDefinition::<u64, &[u8]>::new("records");
+    write.open_table(table).unwrap().remove(5).unwrap();
+    write.commit().unwrap();
+    drop(database);
+    let journal = Journal::open(&path).unwrap();
+    let error = journal.verify().unwrap_err();
+    assert!(error.to_string().contains("record 5"), "{error}");
+    assert!(error.to_string().contains("missing"), "{error}");
+}
