@@ -1,0 +1,1 @@
+//! TCP connections captured, closed in silence and rebuilt, in network namespaces.
