@@ -133,6 +133,9 @@ pub struct EpochInfo {
     pub members: Vec<MemberFigures>,
     /// From the request to the commit, in milliseconds.
     pub total_ms: u64,
+    /// What should be known about it, for example that a part has a single copy.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<Report>,
 }
 
 /// What one member's part of an epoch cost.

@@ -151,6 +151,15 @@ pub enum ToAgent {
         /// From receipt, in milliseconds.
         lease_ms: u64,
     },
+    /// Somebody takes the output of a member with [`super::member::Stdio::Caller`] (or nobody does
+    /// any more: keep it up to a pipe's capacity, then let the program wait). Off until told. Not
+    /// answered; sent again after each Hello.
+    Listen {
+        /// The member.
+        key: MemberKey,
+        /// True: send its Output.
+        on: bool,
+    },
     /// Probe the node. Answer: Checked.
     Check,
     /// The coordinator has recorded this member's exit: forget it. Not answered.
