@@ -45,7 +45,7 @@ fn whole_namespace_lock_stops_a_transfer_and_no_byte_is_lost() {
                 );
                 received.extend(rest);
 
-                lock.unlock().unwrap();
+                drop(lock.unlock().unwrap());
                 kick(&one).unwrap();
                 other.set_read_timeout(Some(ARRIVES)).unwrap();
                 let mut rest = vec![0; data.len() - received.len()];
@@ -75,9 +75,9 @@ fn two_locks_coexist_and_each_holds_alone() {
         let first = NetworkLock::whole_namespace(None).unwrap();
         let second = NetworkLock::whole_namespace(None).unwrap();
         assert_ne!(first.table(), second.table());
-        first.unlock().unwrap();
+        drop(first.unlock().unwrap());
         assert!(!passes(&mut one, &mut other, BLOCKED));
-        second.unlock().unwrap();
+        drop(second.unlock().unwrap());
         assert!(arrives(&mut other, ARRIVES));
     });
 }
@@ -120,7 +120,7 @@ fn a_connections_lock_stops_only_what_it_names() {
             };
             assert!(!connects(&listener), "locked listener");
             assert!(connects(&free_listener), "other listener");
-            lock.unlock().unwrap();
+            drop(lock.unlock().unwrap());
             kick(&one).unwrap();
             assert!(arrives(&mut other, ARRIVES));
             assert!(connects(&listener));
@@ -148,7 +148,7 @@ fn a_listener_on_all_addresses_is_locked_for_both_families() {
             )
             .unwrap();
             assert_eq!(LOOPBACKS.map(connects), [true, false]);
-            lock.unlock().unwrap();
+            drop(lock.unlock().unwrap());
             let lock = NetworkLock::connections(
                 None,
                 &[Endpoint::Listener {
@@ -158,7 +158,7 @@ fn a_listener_on_all_addresses_is_locked_for_both_families() {
             )
             .unwrap();
             assert_eq!(LOOPBACKS.map(connects), [false, false]);
-            lock.unlock().unwrap();
+            drop(lock.unlock().unwrap());
         },
     );
 }
@@ -191,12 +191,11 @@ fn ten_thousand_connections_and_one() {
         assert!(!passes(&mut one, &mut other, BLOCKED));
         assert!(passes(&mut free_one, &mut free_other, ARRIVES));
         let begin = Instant::now();
-        lock.unlock().unwrap();
-        println!(
-            "20001 endpoints: set {set:?}, in force {in_force:?}, unlock {:?}",
-            begin.elapsed()
-        );
+        let lifted = lock.unlock().unwrap();
+        let unlock = begin.elapsed();
+        println!("20001 endpoints: set {set:?}, in force {in_force:?}, unlock {unlock:?}");
         assert!(arrives(&mut other, ARRIVES));
+        drop(lifted);
     });
 }
 
@@ -211,7 +210,7 @@ fn the_probe_says_that_locks_work_here() {
             let lock = lock.wait().unwrap();
             let in_force = begin.elapsed();
             let begin = Instant::now();
-            lock.unlock().unwrap();
+            drop(lock.unlock().unwrap());
             println!(
                 "whole: set {set:?}, in force {in_force:?}, unlock {:?}",
                 begin.elapsed()
@@ -296,7 +295,7 @@ fn helper_locks_in_a_user_namespace() {
         let (mut one, mut other) = pair(LOOPBACKS[0]);
         let lock = NetworkLock::whole_namespace(None).unwrap();
         assert!(!passes(&mut one, &mut other, BLOCKED));
-        lock.unlock().unwrap();
+        drop(lock.unlock().unwrap());
         assert!(arrives(&mut other, ARRIVES));
     })
     .join()

@@ -553,8 +553,8 @@ pub(super) fn send_all(
 /// More than any segment in a queue holds: 17 fragments of at most 32 KiB.
 const LARGEST_SEGMENT: usize = 17 * 32 * 1024;
 const REPAIR_ON: i32 = 1;
-const REPAIR_OFF: i32 = 0;
-const REPAIR_OFF_NO_PROBE: i32 = -1;
+pub(super) const REPAIR_OFF: i32 = 0;
+pub(super) const REPAIR_OFF_NO_PROBE: i32 = -1;
 
 fn set_repair(socket: BorrowedFd<'_>, mode: i32) -> Result<(), TcpRepairError> {
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, mode).map_err(call("TCP_REPAIR"))

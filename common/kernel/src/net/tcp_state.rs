@@ -17,7 +17,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::tcp_repair::{
-    ConnectionState, NegotiatedOptions, Queue, Repair, TcpRepairError, Window, call, info, send_all,
+    ConnectionState, NegotiatedOptions, Queue, REPAIR_OFF, REPAIR_OFF_NO_PROBE, Repair,
+    TcpRepairError, Window, call, info, send_all,
 };
 use crate::socket_options::{
     BufferSizes, int, set_int, set_receive_buffer, set_send_buffer, unacknowledged, unread, unsent,
@@ -186,6 +187,7 @@ impl TcpState {
             socket,
             after,
             shut_down_writing: self.state.fin_queued(),
+            fin_received: self.state.fin_received(),
             shut_down_reading: self.read_shutdown,
             buffers: self.buffers,
             reuse_address: self.reuse_address,
@@ -254,6 +256,7 @@ pub struct Rebuilt {
     socket: OwnedFd,
     after: Vec<u8>,
     shut_down_writing: bool,
+    fin_received: bool,
     shut_down_reading: bool,
     buffers: BufferSizes,
     reuse_address: bool,
@@ -267,7 +270,14 @@ impl Rebuilt {
     /// [`TcpRepairError::DoesNotFit`] if the send buffer may not be made large enough, others.
     pub fn finish(self) -> Result<OwnedFd, TcpRepairError> {
         let socket = self.socket.as_fd();
-        set_int(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 0).map_err(call("TCP_REPAIR"))?;
+        // The probe brings an answer that makes the peer's window known and in-flight data sent
+        // again. A peer that had sent its FIN may be gone for good: it would answer with a reset.
+        let mode = if self.fin_received {
+            REPAIR_OFF_NO_PROBE
+        } else {
+            REPAIR_OFF
+        };
+        set_int(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, mode).map_err(call("TCP_REPAIR"))?;
         set_int(
             socket,
             libc::SOL_SOCKET,

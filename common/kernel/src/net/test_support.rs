@@ -2,10 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::time::Duration;
 
-use crate::namespace::{Namespace, NamespaceKind, in_network_namespace, loopback_up, unshare};
+use crate::namespace::{Namespace, NamespaceKind, loopback_up, unshare};
 
 /// Runs a test on a thread of its own in a fresh network namespace whose loopback is up.
 pub(super) fn in_fresh_network<T: Send>(
@@ -24,11 +23,6 @@ pub(super) fn in_fresh_network<T: Send>(
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
-}
-
-/// Runs `work` on another thread in the same namespace.
-pub(super) fn inside<T: Send>(namespace: &Namespace, work: impl FnOnce() -> T + Send) -> T {
-    in_network_namespace(namespace.as_fd(), work).unwrap()
 }
 
 /// A connected pair over loopback in the calling thread's namespace.
