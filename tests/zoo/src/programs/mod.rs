@@ -1,0 +1,44 @@
+//! The table of programs: one line a noun.
+
+use crcoord_zoo::Fate::Supported;
+use crcoord_zoo::{Fate, Outcome, Program, Stage};
+
+mod altstack;
+mod memory_file;
+mod memory_fork_cow;
+mod memory_private;
+mod memory_shared;
+mod registers;
+mod rseq;
+mod signals;
+mod sleepers;
+mod threads;
+
+/// Every program, in the order of the listing.
+#[rustfmt::skip]
+pub const TABLE: &[Program] = &[
+    row("memory_private", Supported, "private memory: content, holes, protections, fixed places, heap, huge pages", memory_private::run),
+    row("memory_shared", Supported, "shared anonymous memory of three processes, with two views", memory_shared::run),
+    row("memory_file", Supported, "private and shared file mappings, copied and partial pages", memory_file::run),
+    row("memory_fork_cow", Supported, "pages shared copy-on-write by parent and child", memory_fork_cow::run),
+    row("threads", Supported, "eight threads: ids, names, TLS, vector registers, locks, joins, robust mutex", threads::run),
+    row("registers", Supported, "all general, flag, x87, SSE, AVX and AVX-512 registers of a spinning thread", registers::run),
+    row("altstack", Supported, "alternate signal stacks, two of them in use by a handler", altstack::run),
+    row("rseq", Supported, "restartable sequences: registration, and per-CPU counting without loss", rseq::run),
+    row("signals", Supported, "dispositions, masks, and queued signals delivered once and in order", signals::run),
+    row("sleepers", Supported, "threads blocked in eleven system calls that must not return early", sleepers::run),
+];
+
+const fn row(
+    name: &'static str,
+    fate: Fate,
+    purpose: &'static str,
+    run: fn(&Stage) -> Outcome,
+) -> Program {
+    Program {
+        name,
+        fate,
+        purpose,
+        run,
+    }
+}
