@@ -7,6 +7,7 @@ use crcoord_common::ids::JobId;
 
 use crate::commands;
 use crate::context::Context;
+use crate::demo;
 use crate::failure::{Failure, Outcome};
 
 /// Freezes, saves and restarts jobs of ordinary Linux programs across the nodes of a cluster.
@@ -87,6 +88,12 @@ pub enum Commands {
     /// The first process of a member's capsule
     #[command(hide = true)]
     Capsule,
+    /// A node of the demo's cluster: makes its namespaces
+    #[command(hide = true)]
+    DemoNode(demo::NodeArguments),
+    /// A node of the demo's cluster: its PID 1
+    #[command(hide = true)]
+    DemoInit(demo::InitArguments),
 }
 
 impl Commands {
@@ -114,6 +121,8 @@ impl Commands {
             Commands::Config(arguments) => arguments.execute(&context()?),
             Commands::Engine(arguments) => arguments.execute(),
             Commands::Capsule => Ok(crcoord_agent::capsule::main()),
+            Commands::DemoNode(arguments) => arguments.execute(),
+            Commands::DemoInit(arguments) => arguments.execute(),
         }
     }
 }

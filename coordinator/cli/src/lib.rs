@@ -6,6 +6,7 @@ mod arguments;
 pub mod client;
 mod commands;
 mod context;
+pub mod demo;
 pub mod failure;
 mod logging;
 mod output;
@@ -47,11 +48,25 @@ pub fn main() -> ExitCode {
 fn refused_command_line(error: &clap::Error) -> ExitCode {
     // Nothing is left to tell it to if the terminal is gone.
     let _ = error.print();
-    let is_run = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    match (error.exit_code(), is_run.as_deref()) {
+    match (error.exit_code(), named_command().as_deref()) {
         (0, _) => Code::Done.into(),
         (_, Some("run")) => Code::RunFailed.into(),
         _ => Code::Usage.into(),
+    }
+}
+
+/// The first word of the command line that is neither an option nor its value.
+fn named_command() -> Option<String> {
+    let mut words = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned());
+    loop {
+        let word = words.next()?;
+        match word.as_str() {
+            "--config" | "--set" | "--log" => drop(words.next()),
+            option if option.starts_with('-') => {}
+            _ => return Some(word),
+        }
     }
 }
 

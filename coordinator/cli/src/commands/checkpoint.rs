@@ -1,7 +1,6 @@
 //! `crcoord checkpoint`: takes a consistent checkpoint of a job and waits for its commit.
 
 use std::process::ExitCode;
-
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -13,7 +12,7 @@ use serde::Serialize;
 use crate::arguments::JobArgument;
 use crate::client::Client;
 use crate::context::Context;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Outcome, lines};
 use crate::progress::Progress;
 use crate::{block_on, output};
 
@@ -102,6 +101,9 @@ struct Committed<'a> {
 }
 
 fn committed(context: &Context, job: &JobId, info: &EpochInfo) -> Result<(), Failure> {
+    for line in lines(&info.notes) {
+        output::message(&format!("crcoord: note: {line}"));
+    }
     if context.json {
         return output::json("committed", Committed { job, epoch: info });
     }

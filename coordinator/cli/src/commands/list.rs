@@ -1,12 +1,11 @@
 //! `crcoord list`: one line for every job.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use crcoord_common::hostlist::HostList;
 use crcoord_common::units::format_duration;
 use crcoord_common::wire::client::{Event, JobInfo, JobState, Request};
-
-use std::time::Duration;
 
 use crate::client::{ask, unexpected};
 use crate::context::Context;

@@ -1,8 +1,7 @@
 //! `crcoord pki`: the cluster's own certificate authority.
 
-use std::process::ExitCode;
-
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;

@@ -1,8 +1,7 @@
 //! `crcoord run`: starts a program as a job and stays with it until it ends.
 
-use std::process::ExitCode;
-
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;

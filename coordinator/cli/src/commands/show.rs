@@ -1,7 +1,6 @@
 //! `crcoord show`: one job with its members and its checkpoints.
 
 use std::process::ExitCode;
-
 use std::time::Duration;
 
 use crcoord_common::units::{ByteSize, rounded_duration};

@@ -1,7 +1,6 @@
 //! `crcoord status`: the coordinator, its nodes and its jobs.
 
 use std::process::ExitCode;
-
 use std::time::Duration;
 
 use crcoord_common::units::{ByteSize, format_duration, rounded_duration};
