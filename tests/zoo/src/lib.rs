@@ -34,6 +34,7 @@
 
 pub mod descriptors;
 pub mod driver;
+pub mod heat;
 mod listing;
 pub mod memory;
 mod outcome;
