@@ -7,8 +7,11 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::lock::{Endpoint, NetworkLock, Scope};
+use super::sock_diag;
 use super::tcp_repair::kick;
-use super::test_support::{arrives, in_fresh_network, pair, passes, pattern};
+use super::test_support::{
+    arrives, in_fresh_network, pair, passes, pattern, run_in_user_namespace,
+};
 use crate::namespace::{Namespace, NamespaceKind, loopback_up};
 
 const LOOPBACKS: [IpAddr; 2] = [
@@ -91,20 +94,14 @@ fn a_connections_lock_stops_only_what_it_names() {
             let (mut free_one, mut free_other) = pair(address);
             let listener = TcpListener::bind((address, 0)).unwrap();
             let free_listener = TcpListener::bind((address, 0)).unwrap();
-            let both_ways = [
-                Endpoint::Connection {
-                    local: one.local_addr().unwrap(),
-                    peer: one.peer_addr().unwrap(),
-                },
-                Endpoint::Connection {
-                    local: other.local_addr().unwrap(),
-                    peer: other.peer_addr().unwrap(),
-                },
-                Endpoint::Listener {
-                    local: listener.local_addr().unwrap(),
-                    v6_only: false,
-                },
-            ];
+            let job = [one.local_addr(), other.local_addr(), listener.local_addr()];
+            let job = job.map(Result::unwrap);
+            // The two ends of a connection have different local addresses, and the listener that
+            // `other` came from is closed: each address is one socket.
+            let sockets = sock_diag::tcp_sockets(None).unwrap();
+            let sockets = sockets.iter().filter(|socket| job.contains(&socket.local));
+            let both_ways: Vec<_> = sockets.filter_map(Endpoint::of).collect();
+            assert_eq!(both_ways.len(), 3, "{both_ways:?}");
             let lock = NetworkLock::connections(None, &both_ways).unwrap();
             assert!(!passes(&mut one, &mut other, BLOCKED), "locked connection");
             assert!(
@@ -210,10 +207,13 @@ fn the_probe_says_that_locks_work_here() {
             let lock = lock.wait().unwrap();
             let in_force = begin.elapsed();
             let begin = Instant::now();
-            drop(lock.unlock().unwrap());
+            let lifted = lock.unlock().unwrap();
+            let unlock = begin.elapsed();
+            drop(lifted);
+            let freed = begin.elapsed();
             println!(
-                "whole: set {set:?}, in force {in_force:?}, unlock {:?}",
-                begin.elapsed()
+                "whole namespace: set {set:?}, in force {in_force:?}, \
+                 unlock {unlock:?}, freed {freed:?}"
             );
         }
     });
@@ -267,22 +267,9 @@ fn helper_holds_a_lock_until_killed() {
 
 #[test]
 fn locks_work_without_privilege_in_a_user_namespace() {
-    let status = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--net"])
-        .arg(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "net::lock_tests::helper_locks_in_a_user_namespace",
-            "--ignored",
-        ])
-        .stdin(Stdio::null())
-        .output()
-        .expect("locks_work_without_privilege_in_a_user_namespace needs unshare(1)");
-    let output = String::from_utf8_lossy(&status.stdout);
-    assert!(
-        status.status.success() && output.contains("1 passed"),
-        "locks_work_without_privilege_in_a_user_namespace: {output} {}",
-        String::from_utf8_lossy(&status.stderr)
+    run_in_user_namespace(
+        "locks_work_without_privilege_in_a_user_namespace",
+        "net::lock_tests::helper_locks_in_a_user_namespace",
     );
 }
 

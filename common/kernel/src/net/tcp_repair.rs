@@ -533,8 +533,8 @@ pub(super) fn send_all(
                 let source = io::Error::last_os_error();
                 match source.raw_os_error() {
                     Some(libc::EINTR) => {}
-                    // ENOMEM: the receive buffer is full (tcp_try_rmem_schedule).
-                    Some(libc::EAGAIN | libc::ENOMEM) => {
+                    // The others: the receive buffer is full (tcp_send_rcvq, tcp_rmem).
+                    Some(libc::EAGAIN | libc::ENOMEM | libc::ENOBUFS) => {
                         let length = data.len();
                         return Err(TcpRepairError::DoesNotFit {
                             queue,

@@ -396,7 +396,7 @@ fn socket_name(socket: BorrowedFd<'_>, name: NameCall) -> io::Result<SocketAddr>
 }
 
 /// Binds the socket; an IPv4 address on an IPv6 socket is to be given as mapped.
-fn bind(socket: BorrowedFd<'_>, address: SocketAddr) -> io::Result<()> {
+pub fn bind(socket: BorrowedFd<'_>, address: SocketAddr) -> io::Result<()> {
     let (storage, length) = sockaddr(address);
     // SAFETY: the storage is initialised for `length` bytes and only read.
     let outcome = unsafe { libc::bind(socket.as_raw_fd(), (&raw const storage).cast(), length) };

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::fin::inject_fin;
 use super::lock::{Endpoint, NetworkLock};
-use super::tcp_repair::{ConnectionState, TcpRepairError, info, kick};
+use super::tcp_repair::{ConnectionState, Queue, TcpRepairError, info, kick};
 use super::tcp_state::{Rebuilt, TcpState, tcp_socket};
-use super::test_support::{in_fresh_network, pair, passes, pattern};
+use super::test_support::{in_fresh_network, pair, passes, pattern, run_in_user_namespace};
 use crate::socket_options::{self, BufferSizes};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -202,7 +202,7 @@ fn data_whose_acknowledgement_was_lost_is_not_sent_twice() {
     in_fresh_network(
         "data_whose_acknowledgement_was_lost_is_not_sent_twice",
         |_| {
-            let (mut one, mut other) = pair(V4);
+            let (mut one, other) = pair(V4);
             let (local, peer) = (one.local_addr().unwrap(), one.peer_addr().unwrap());
             let deaf =
                 NetworkLock::connections(None, &[Endpoint::Connection { local, peer }]).unwrap();
@@ -393,5 +393,72 @@ fn what_cannot_be_captured_is_refused_by_name() {
                 "pending urgent data was not noticed"
             );
         }
+    });
+}
+
+/// A connection whose sender has far more queued than `net.core.wmem_max` permits, and whose
+/// receiver more than `rmem_max`: tuned up by the kernel, which obeys other limits.
+fn overfull(stream: &TcpStream) -> (TcpState, Vec<u8>) {
+    let data = pattern(48 << 20, 9);
+    let mut state = TcpState::capture_and_silence(stream).unwrap();
+    state.unsent.extend(&data);
+    (state, data)
+}
+
+#[test]
+fn more_than_the_buffer_limits_is_restored_where_permitted() {
+    in_fresh_network(
+        "more_than_the_buffer_limits_is_restored_where_permitted",
+        |_| {
+            let (one, mut other) = pair(V4);
+            let (mut state, data) = overfull(&one);
+            drop(one);
+            state.received_sequence = state.received_sequence.wrapping_add(data.len() as u32);
+            state.unread.clone_from(&data);
+            drop(rebuild(&state, None));
+            state.received_sequence = state.received_sequence.wrapping_sub(data.len() as u32);
+            state.unread.clear();
+            let mut one = resume(rebuild(&state, None));
+            assert_receives(&mut one, &mut other, &data);
+        },
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_in_a_user_namespace() {
+    let name = "what_does_not_fit_is_an_error_in_a_user_namespace";
+    let helper = "net::tcp_tests::helper_that_may_not_enlarge_buffers";
+    run_in_user_namespace(name, helper);
+}
+
+#[test]
+#[ignore = "run by what_does_not_fit_is_an_error_in_a_user_namespace in a process of its own"]
+fn helper_that_may_not_enlarge_buffers() {
+    in_fresh_network("helper_that_may_not_enlarge_buffers", |_| {
+        let (one, _other) = pair(V4);
+        let (mut state, data) = overfull(&one);
+        drop(one);
+        let outcome = rebuild(&state, None).finish();
+        let error = outcome.expect_err("48 MiB exceed any usual wmem_max");
+        assert!(
+            matches!(
+                error,
+                TcpRepairError::DoesNotFit {
+                    queue: Queue::Send,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let (one, _other) = pair(V4);
+        state = TcpState::capture_and_silence(&one).unwrap();
+        drop(one);
+        state.unread = data;
+        let error = state.rebuild(tcp_socket(V4).unwrap(), None).unwrap_err();
+        let receive = Queue::Receive;
+        assert!(
+            matches!(error, TcpRepairError::DoesNotFit { queue, .. } if queue == receive),
+            "{error}"
+        );
     });
 }

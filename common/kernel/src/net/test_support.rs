@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::namespace::{Namespace, NamespaceKind, loopback_up, unshare};
@@ -23,6 +24,22 @@ pub(super) fn in_fresh_network<T: Send>(
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Runs an ignored test of this binary in a process of its own, as root of fresh user and network
+/// namespaces: with CAP_NET_ADMIN there and none over the machine.
+pub(super) fn run_in_user_namespace(name: &str, helper: &str) {
+    let run = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--net"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", helper, "--ignored"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{name} needs unshare(1): {error}"));
+    let output = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    let passed = run.status.success() && output.contains("1 passed");
+    assert!(passed, "{name} (needs user namespaces): {output} {errors}");
 }
 
 /// A connected pair over loopback in the calling thread's namespace.
