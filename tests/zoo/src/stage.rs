@@ -141,6 +141,15 @@ impl Stage {
         tasks::eventually(&format!("note {name}"), || self.noted(name))
     }
 
+    /// Waits for go without a bound and then for a note that another process leaves after it.
+    ///
+    /// # Errors
+    /// The note did not come within the bound of [`tasks::eventually`].
+    pub fn await_note_after_go(&self, name: &str) -> Outcome {
+        self.wait_for_go();
+        self.await_note(name)
+    }
+
     /// Takes a note away again, so that it may be left anew.
     ///
     /// # Errors

@@ -4,15 +4,20 @@ use crcoord_zoo::Fate::Supported;
 use crcoord_zoo::{Fate, Outcome, Program, Stage};
 
 mod altstack;
+mod char_devices;
+mod file_rollback;
+mod files;
 mod memory_file;
 mod memory_fork_cow;
 mod memory_private;
 mod memory_shared;
+mod pipes;
 mod registers;
 mod rseq;
 mod signals;
 mod sleepers;
 mod threads;
+mod tree;
 
 /// Every program, in the order of the listing.
 #[rustfmt::skip]
@@ -27,6 +32,11 @@ pub const TABLE: &[Program] = &[
     row("rseq", Supported, "restartable sequences: registration, and per-CPU counting without loss", rseq::run),
     row("signals", Supported, "dispositions, masks, and queued signals delivered once and in order", signals::run),
     row("sleepers", Supported, "threads blocked in eleven system calls that must not return early", sleepers::run),
+    row("tree", Supported, "children, grandchildren, groups, sessions, statuses and zombies", tree::run),
+    row("files", Supported, "regular files and a directory: offsets, flags, shared open files", files::run),
+    row("file_rollback", Supported, "a file that grows until the cut holds exactly the lines written", file_rollback::run),
+    row("char_devices", Supported, "null, zero, full, random, urandom", char_devices::run),
+    row("pipes", Supported, "queued content, capacity, packets, blocked writer, half-closed and shared ends", pipes::run),
 ];
 
 const fn row(

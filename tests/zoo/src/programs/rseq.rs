@@ -92,11 +92,8 @@ fn check_on_every_cpu(cpus: &[usize]) -> Outcome {
         let in_area = unsafe { (*area).cpu_id.load(Ordering::Relaxed) };
         ensure_equal!(in_area as usize, cpu, "cpu_id in the rseq area");
         // SAFETY: sched_getcpu has no arguments.
-        ensure_equal!(
-            unsafe { libc::sched_getcpu() } as usize,
-            cpu,
-            "sched_getcpu"
-        );
+        let by_library = unsafe { libc::sched_getcpu() };
+        ensure_equal!(by_library as usize, cpu, "sched_getcpu");
         let mut by_call = 0_u32;
         // SAFETY: the kernel writes one word; the other pointers may be null.
         unsafe { libc::syscall(libc::SYS_getcpu, &mut by_call, 0, 0) };

@@ -30,11 +30,8 @@ struct Common {
 pub fn run(stage: &Stage) -> Outcome {
     let mut key = 0;
     // SAFETY: the key is valid for writing and needs no destructor.
-    ensure_equal!(
-        unsafe { libc::pthread_key_create(&mut key, None) },
-        0,
-        "pthread_key_create"
-    );
+    let result = unsafe { libc::pthread_key_create(&mut key, None) };
+    ensure_equal!(result, 0, "pthread_key_create");
     let common = Common {
         go: AtomicBool::new(false),
         standing: AtomicUsize::new(0),
