@@ -82,18 +82,17 @@ pub enum Commands {
     Pki(commands::pki::Arguments),
     /// Show the configuration
     Config(commands::config::Arguments),
+    /// Show on this machine how a job survives the loss of a node
+    Demo(demo::StoryArguments),
     /// Checkpoint or restore a process tree alone, without daemons
     #[command(hide = true)]
     Engine(commands::engine::Arguments),
     /// The first process of a member's capsule
     #[command(hide = true)]
     Capsule,
-    /// A node of the demo's cluster: makes its namespaces
-    #[command(hide = true)]
-    DemoNode(demo::NodeArguments),
-    /// A node of the demo's cluster: its PID 1
-    #[command(hide = true)]
-    DemoInit(demo::InitArguments),
+    /// A process of the demo
+    #[command(hide = true, subcommand)]
+    DemoPart(demo::Part),
 }
 
 impl Commands {
@@ -102,7 +101,7 @@ impl Commands {
         matches!(self, Commands::Run(_))
     }
 
-    /// Does it. The capsule and the engine stand alone: no configuration can keep them from work.
+    /// Does it. The last ones stand alone: no configuration can keep them from work.
     pub fn execute(self, global: &Global) -> Outcome {
         let context = || Context::new(global);
         match self {
@@ -121,8 +120,8 @@ impl Commands {
             Commands::Config(arguments) => arguments.execute(&context()?),
             Commands::Engine(arguments) => arguments.execute(),
             Commands::Capsule => Ok(crcoord_agent::capsule::main()),
-            Commands::DemoNode(arguments) => arguments.execute(),
-            Commands::DemoInit(arguments) => arguments.execute(),
+            Commands::Demo(arguments) => demo::run(&arguments, global.json),
+            Commands::DemoPart(part) => part.execute(global.json),
         }
     }
 }

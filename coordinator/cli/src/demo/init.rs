@@ -81,8 +81,13 @@ impl NodeArguments {
         ];
         unshare(&kinds).map_err(DemoError::from)?;
         let mut init = Command::new("/proc/self/exe")
-            .arg("demo-init")
-            .args(["--name", self.init.name.as_str(), "--private"])
+            .args([
+                "demo-part",
+                "init",
+                "--name",
+                self.init.name.as_str(),
+                "--private",
+            ])
             .arg(&self.init.private)
             .spawn()
             .map_err(DemoError::io("starting the node's PID 1"))?;
@@ -159,7 +164,14 @@ fn obey(line: &str, names: &mut BTreeMap<i32, String>) -> Result<(), Failure> {
 /// Its pid; it is reaped with all others.
 fn start(arguments: &[String], log: &Path) -> io::Result<i32> {
     let log = OpenOptions::new().create(true).append(true).open(log)?;
-    let child = Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    // The cluster's configuration is its own, whatever the caller's says.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CRCOORD_") {
+            command.env_remove(name);
+        }
+    }
+    let child = command
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)

@@ -3,10 +3,22 @@
 
 mod cabling;
 pub mod cluster;
+mod display;
 mod error;
 mod init;
 mod node;
+mod part;
+mod story;
+mod world;
 
 pub use cluster::{Cluster, Options};
 pub use error::DemoError;
-pub(crate) use init::{InitArguments, NodeArguments};
+pub(crate) use part::Part;
+pub(crate) use story::StoryArguments;
+
+use crate::failure::Outcome;
+
+/// The whole demo, in a world of its own.
+pub(crate) fn run(arguments: &StoryArguments, json: bool) -> Outcome {
+    world::run(arguments, json)
+}

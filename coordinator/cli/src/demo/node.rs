@@ -43,8 +43,7 @@ impl Node {
         private: &Path,
     ) -> Result<Self, DemoError> {
         let mut helper = Command::new(program)
-            .arg("demo-node")
-            .args(["--name", name.as_str(), "--private"])
+            .args(["demo-part", "node", "--name", name.as_str(), "--private"])
             .arg(private)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
