@@ -1,5 +1,6 @@
 //! Child processes of a program: made by fork, watched through notes, reaped with their reasons.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::{Explain, Failure, Outcome, Stage, ensure, tasks};
@@ -179,6 +180,17 @@ pub fn wait_for(pid: libc::pid_t) -> Outcome<End> {
             return Err(Failure::new(format!("waitpid {pid}: {error}")));
         }
     }
+}
+
+/// Closes a forked child's copy of a descriptor whose owner lives on in the parent's part of the code.
+///
+/// # Errors
+/// As close(2).
+pub fn close_inherited(descriptor: &impl AsFd) -> Outcome {
+    // SAFETY: children leave by _exit, so the owner's copy is never used or dropped in them.
+    let result = unsafe { libc::close(descriptor.as_fd().as_raw_fd()) };
+    ensure!(result == 0, "close: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 fn run_and_exit(stage: &Stage, name: &str, body: impl FnOnce(&Gate<'_>) -> Outcome<u8>) -> ! {

@@ -108,3 +108,19 @@ fn names_are_unique_and_wrong_usage_is_refused() {
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn two_sides_of_tcp_peer_agree_over_a_network() {
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = address.to_string();
+    let (first, second) = (Scratch::new("peer-listen"), Scratch::new("peer-connect"));
+    let runs = [Run::new(&first.0, "tcp_peer"), Run::new(&second.0, "tcp_peer")];
+    let listening = start(&first, &runs[0], &["--listen", &address]);
+    let connecting = start(&second, &runs[1], &["--connect", &address]);
+    for run in &runs {
+        run.await_ready(PATIENCE).unwrap();
+        run.go().unwrap();
+    }
+    finish(&runs[0], listening).unwrap();
+    finish(&runs[1], connecting).unwrap();
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::thread;
 
-use crcoord_zoo::processes::{Child, End};
+use crcoord_zoo::processes::{self, Child, End};
 use crcoord_zoo::signals::{self, Signals};
 use crcoord_zoo::tasks::{await_blocked, eventually, gettid};
 use crcoord_zoo::{Explain, Failure, Outcome, Stage, descriptors, ensure, ensure_equal, pattern};
@@ -26,7 +26,7 @@ pub fn run(stage: &Stage) -> Outcome {
     let (reader, writer) = pipe(0)?;
     let child = Child::spawn(stage, "reading child", |gate| {
         // Only the reading end is left here, so the end of the stream is seen.
-        drop_copy(&writer)?;
+        processes::close_inherited(&writer)?;
         gate.open()?;
         stage.await_note_after_go("parent-closed")?;
         expect(&reader, 92, 0, 6000)?;
@@ -243,15 +243,6 @@ impl Blocked {
 
 fn pipe(flags: i32) -> Outcome<Pipe> {
     descriptors::pipe(flags).explain("pipe2")
-}
-
-/// Closes this process's copy of a descriptor that the parent still owns.
-fn drop_copy(descriptor: &OwnedFd) -> Outcome {
-    use std::os::fd::AsRawFd;
-    // SAFETY: the child leaves by _exit, so the OwnedFd of this copy is never used or dropped again.
-    let result = unsafe { libc::close(descriptor.as_raw_fd()) };
-    ensure_equal!(result, 0, "close");
-    Ok(())
 }
 
 fn send(end: &OwnedFd, seed: u64, start: usize, length: usize) -> Outcome {

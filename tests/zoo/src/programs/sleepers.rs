@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
-use crcoord_zoo::processes::{Child, End, wait_for};
+use crcoord_zoo::processes::Child;
 use crcoord_zoo::signals::{self, Signals};
 use crcoord_zoo::tasks::{self, await_blocked, eventually, gettid};
 use crcoord_zoo::{Explain, Failure, Outcome, Stage, descriptors, ensure, ensure_equal};
