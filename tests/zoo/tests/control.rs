@@ -111,10 +111,16 @@ fn names_are_unique_and_wrong_usage_is_refused() {
 
 #[test]
 fn two_sides_of_tcp_peer_agree_over_a_network() {
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let address = address.to_string();
     let (first, second) = (Scratch::new("peer-listen"), Scratch::new("peer-connect"));
-    let runs = [Run::new(&first.0, "tcp_peer"), Run::new(&second.0, "tcp_peer")];
+    let runs = [
+        Run::new(&first.0, "tcp_peer"),
+        Run::new(&second.0, "tcp_peer"),
+    ];
     let listening = start(&first, &runs[0], &["--listen", &address]);
     let connecting = start(&second, &runs[1], &["--connect", &address]);
     for run in &runs {
