@@ -86,6 +86,8 @@ pub enum Input {
         /// The seconds.
         unix: u64,
     },
+    /// The daemon is asked to stop: open epochs are aborted, so that no job waits for its lease.
+    Stop,
     /// A deadline may have passed.
     Tick,
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crcoord_common::ids::{JobId, JobKey, MemberId, NodeName};
+use crcoord_common::report::{Class, Report};
 
 use crate::action::{Action, ClientId, Input};
 use crate::core::Core;
@@ -79,13 +80,27 @@ impl Coordinator {
                 }
             }
             Input::Wall { unix } => self.core.set_wall(unix),
+            Input::Stop => self.stop(),
             Input::Tick => self.tick(),
+        }
+    }
+
+    fn stop(&mut self) {
+        let reason = Report::new("coordinator-stops", Class::Aborted, "the coordinator stops")
+            .remedy("ask for another checkpoint when it runs again");
+        for job in self.jobs.values_mut() {
+            job.abort_checkpoint(&mut self.core, vec![reason.clone()]);
         }
     }
 
     /// The next thing to do; `None` when all is done.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.core.outbox.poll()
+    }
+
+    /// True when nothing waits for a record to become durable.
+    pub fn is_quiet(&self) -> bool {
+        self.core.outbox.is_persisted(self.core.outbox.last())
     }
 
     /// The coordinator's term.

@@ -92,7 +92,7 @@ mod tests {
         let mut lease = HoldLease::ordered(Millis(0), 1_000);
         lease.answered();
         assert_eq!(
-            lease.renew(Millis(400), Millis(1_200)),
+            lease.renew(Millis(400), Millis(900)),
             None,
             "it would add nothing"
         );
