@@ -39,15 +39,19 @@ impl ImageKeyError {
     /// As it crosses the wire and reaches people.
     pub fn report(&self) -> Report {
         let (code, path, remedy) = match self {
-            ImageKeyError::Read { path, .. } => {
-                ("agent-image-key-read", path, "copy the cluster's image.key to this node")
-            }
+            ImageKeyError::Read { path, .. } => (
+                "agent-image-key-read",
+                path,
+                "copy the cluster's image.key to this node",
+            ),
             ImageKeyError::Open { path, .. } => {
                 ("agent-image-key-open", path, "chmod 0600 the image key")
             }
-            ImageKeyError::Form { path } => {
-                ("agent-image-key-form", path, "copy the cluster's image.key to this node again")
-            }
+            ImageKeyError::Form { path } => (
+                "agent-image-key-form",
+                path,
+                "copy the cluster's image.key to this node again",
+            ),
         };
         Report::new(code, Class::Obstacle, self.to_string())
             .path(path.display().to_string())
@@ -60,15 +64,23 @@ impl ImageKeyError {
 /// # Errors
 /// [`ImageKeyError`].
 pub fn load(path: &Path) -> Result<SealingKey, ImageKeyError> {
-    let read = |source| ImageKeyError::Read { path: path.to_owned(), source };
+    let read = |source| ImageKeyError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let file = File::open(path).map_err(read)?;
     let mode = file.metadata().map_err(read)?.mode() & 0o7777;
     if mode & 0o077 != 0 {
-        return Err(ImageKeyError::Open { path: path.to_owned(), mode });
+        return Err(ImageKeyError::Open {
+            path: path.to_owned(),
+            mode,
+        });
     }
     let mut text = String::new();
     file.take(256).read_to_string(&mut text).map_err(read)?;
-    let form = || ImageKeyError::Form { path: path.to_owned() };
+    let form = || ImageKeyError::Form {
+        path: path.to_owned(),
+    };
     let text = text.trim();
     if text.len() != 64 || !text.is_ascii() {
         return Err(form());
@@ -92,7 +104,10 @@ mod tests {
         assert!(matches!(load(&path), Err(ImageKeyError::Read { .. })));
         std::fs::write(&path, format!("{}\n", "0a".repeat(32))).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(load(&path), Err(ImageKeyError::Open { mode: 0o644, .. })));
+        assert!(matches!(
+            load(&path),
+            Err(ImageKeyError::Open { mode: 0o644, .. })
+        ));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert!(matches!(load(&path), Ok(SealingKey::Keyed(key)) if key == [10; 32]));
         std::fs::write(&path, "0a".repeat(31)).unwrap();

@@ -87,9 +87,11 @@ impl NetworkError {
 pub fn connect(uplink: &str, init: i32, address: IpAddr, prefix: u8) -> Result<(), NetworkError> {
     let namespace = Namespace::of_process(init, NamespaceKind::Network)?;
     on_own_runtime(|handle| async move {
-        let parent = index_of(&handle, uplink).await?.ok_or_else(|| NetworkError::NoUplink {
-            uplink: uplink.to_owned(),
-        })?;
+        let parent = index_of(&handle, uplink)
+            .await?
+            .ok_or_else(|| NetworkError::NoUplink {
+                uplink: uplink.to_owned(),
+            })?;
         // Made in the capsule's namespace at once: it never has a name on the node.
         let message = LinkMacVlan::new(INTERFACE, parent, MacVlanMode::Bridge)
             .setns_by_fd(namespace.as_fd().as_raw_fd())
@@ -112,9 +114,11 @@ pub fn connect(uplink: &str, init: i32, address: IpAddr, prefix: u8) -> Result<(
 pub fn probe(uplink: &str) -> Result<(), NetworkError> {
     let namespace = Namespace::fresh_network()?;
     on_own_runtime(|handle| async move {
-        let parent = index_of(&handle, uplink).await?.ok_or_else(|| NetworkError::NoUplink {
-            uplink: uplink.to_owned(),
-        })?;
+        let parent = index_of(&handle, uplink)
+            .await?
+            .ok_or_else(|| NetworkError::NoUplink {
+                uplink: uplink.to_owned(),
+            })?;
         let message = LinkMacVlan::new(INTERFACE, parent, MacVlanMode::Bridge)
             .setns_by_fd(namespace.as_fd().as_raw_fd())
             .build();
@@ -130,7 +134,12 @@ pub fn probe(uplink: &str) -> Result<(), NetworkError> {
 /// [`NetworkError::NoInterface`] and what netlink says.
 pub fn interface_with(address: IpAddr) -> Result<String, NetworkError> {
     on_own_runtime(|handle| async move {
-        let addresses = handle.address().get().execute().try_collect::<Vec<_>>().await;
+        let addresses = handle
+            .address()
+            .get()
+            .execute()
+            .try_collect::<Vec<_>>()
+            .await;
         let addresses = addresses.map_err(refused("listing addresses".into()))?;
         let index = addresses.iter().find_map(|message| {
             let has = message.attributes.iter().any(|attribute| match attribute {
@@ -141,12 +150,17 @@ pub fn interface_with(address: IpAddr) -> Result<String, NetworkError> {
         });
         let index = index.ok_or(NetworkError::NoInterface { address })?;
         let mut links = handle.link().get().match_index(index).execute();
-        let link = links.try_next().await.map_err(refused("reading a link".into()))?;
+        let link = links
+            .try_next()
+            .await
+            .map_err(refused("reading a link".into()))?;
         link.and_then(|link| {
-            link.attributes.into_iter().find_map(|attribute| match attribute {
-                rtnetlink::packet_route::link::LinkAttribute::IfName(name) => Some(name),
-                _ => None,
-            })
+            link.attributes
+                .into_iter()
+                .find_map(|attribute| match attribute {
+                    rtnetlink::packet_route::link::LinkAttribute::IfName(name) => Some(name),
+                    _ => None,
+                })
         })
         .ok_or(NetworkError::NoInterface { address })
     })
@@ -173,18 +187,24 @@ pub fn hosts(node: &str, hostname: &str, placements: &[Placement]) -> String {
 }
 
 async fn bring_up(handle: &Handle, address: IpAddr, prefix: u8) -> Result<(), NetworkError> {
-    let index = index_of(handle, INTERFACE).await?.ok_or_else(|| NetworkError::NoUplink {
-        uplink: INTERFACE.to_owned(),
-    })?;
+    let index = index_of(handle, INTERFACE)
+        .await?
+        .ok_or_else(|| NetworkError::NoUplink {
+            uplink: INTERFACE.to_owned(),
+        })?;
     let added = handle.address().add(index, address, prefix).execute().await;
-    added.map_err(refused(format!("giving {INTERFACE} the address {address}/{prefix}")))?;
+    added.map_err(refused(format!(
+        "giving {INTERFACE} the address {address}/{prefix}"
+    )))?;
     // /proc/sys/net shows the network namespace of the thread that opens it.
     let notify = match address {
         IpAddr::V4(_) => format!("/proc/sys/net/ipv4/conf/{INTERFACE}/arp_notify"),
         IpAddr::V6(_) => format!("/proc/sys/net/ipv6/conf/{INTERFACE}/ndisc_notify"),
     };
-    fs::write(&notify, "1")
-        .map_err(|source| NetworkError::Io { step: format!("setting {notify}"), source })?;
+    fs::write(&notify, "1").map_err(|source| NetworkError::Io {
+        step: format!("setting {notify}"),
+        source,
+    })?;
     let up = LinkUnspec::new_with_index(index).up().build();
     let set = handle.link().set(up).execute().await;
     set.map_err(refused(format!("bringing {INTERFACE} up")))
@@ -212,7 +232,9 @@ where
         let step = step.to_owned();
         move |source| NetworkError::Io { step, source }
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     let runtime = runtime.map_err(io("starting a runtime for netlink"))?;
     runtime.block_on(async {
         let (connection, handle, _) =
@@ -267,7 +289,9 @@ mod tests {
             let namespace = Namespace::of_process(self.pid(), NamespaceKind::Network).unwrap();
             let bound = in_network_namespace(namespace.as_fd(), || UdpSocket::bind(address));
             let socket = bound.unwrap().unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            socket
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
             socket
         }
     }
@@ -285,7 +309,12 @@ mod tests {
                 unshare(&[NamespaceKind::Network]).expect("the test needs CAP_SYS_ADMIN");
                 loopback_up().unwrap();
                 on_own_runtime(|handle| async move {
-                    handle.link().add(LinkVeth::new("up0", "up1").build()).execute().await.unwrap();
+                    handle
+                        .link()
+                        .add(LinkVeth::new("up0", "up1").build())
+                        .execute()
+                        .await
+                        .unwrap();
                     for name in ["up0", "up1"] {
                         let index = index_of(&handle, name).await?.unwrap();
                         let up = LinkUnspec::new_with_index(index).up();
@@ -296,7 +325,9 @@ mod tests {
                 .unwrap();
                 work()
             });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
@@ -328,10 +359,20 @@ mod tests {
             let sleeper = Sleeper::start();
             let address = IpAddr::from([10, 224, 0, 1]);
             let error = connect("nowhere", sleeper.pid(), address, 24).unwrap_err();
-            assert!(matches!(&error, NetworkError::NoUplink { uplink } if uplink == "nowhere"), "{error}");
+            assert!(
+                matches!(&error, NetworkError::NoUplink { uplink } if uplink == "nowhere"),
+                "{error}"
+            );
             probe("up0").unwrap();
             let links = on_own_runtime(|handle| async move {
-                Ok(handle.link().get().execute().try_collect::<Vec<_>>().await.unwrap().len())
+                Ok(handle
+                    .link()
+                    .get()
+                    .execute()
+                    .try_collect::<Vec<_>>()
+                    .await
+                    .unwrap()
+                    .len())
             });
             assert_eq!(links.unwrap(), 3);
             assert_eq!(interface_with(IpAddr::from([127, 0, 0, 1])).unwrap(), "lo");
@@ -345,7 +386,11 @@ mod tests {
             node: node.parse().unwrap(),
             address: IpAddr::from([10, 0, 0, last]),
         };
-        let text = hosts("127.0.0.1 localhost", "n1", &[placement(0, "n1", 1), placement(1, "n2", 2)]);
+        let text = hosts(
+            "127.0.0.1 localhost",
+            "n1",
+            &[placement(0, "n1", 1), placement(1, "n2", 2)],
+        );
         assert_eq!(
             text,
             "127.0.0.1 localhost\n# members of the job, written by crcoord\n\

@@ -39,6 +39,10 @@ impl OwnImage {
 
     /// A path by which a child of this process can execute it.
     pub fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.memory.as_raw_fd())
+        format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            self.memory.as_raw_fd()
+        )
     }
 }

@@ -31,22 +31,53 @@ fn main() -> ExitCode {
             continue;
         }
         let outcome = catch_unwind(AssertUnwindSafe(test));
-        println!("test {name} ... {}", if outcome.is_ok() { "ok" } else { "FAILED" });
+        println!(
+            "test {name} ... {}",
+            if outcome.is_ok() { "ok" } else { "FAILED" }
+        );
         failed += u32::from(outcome.is_err());
     }
     ExitCode::from(u8::from(failed > 0))
 }
 
 const TESTS: &[(&str, fn())] = &[
-    ("a_program_has_its_owner_environment_and_namespaces", a_program_is_what_was_asked_for),
-    ("output_waits_for_a_watcher_and_comes_before_the_exit", output_waits_for_a_watcher),
-    ("files_are_opened_by_the_owner_and_appended_to", files_are_appended_to),
-    ("orphans_are_reaped_and_end_with_the_root", orphans_end_with_the_root),
-    ("a_program_that_does_not_exist_is_refused", a_missing_program_is_refused),
-    ("a_capsule_outlives_its_maker_and_is_found_again", a_capsule_outlives_its_maker),
-    ("the_run_lease_ends_everything", the_run_lease_ends_everything),
+    (
+        "a_program_has_its_owner_environment_and_namespaces",
+        a_program_is_what_was_asked_for,
+    ),
+    (
+        "output_waits_for_a_watcher_and_comes_before_the_exit",
+        output_waits_for_a_watcher,
+    ),
+    (
+        "a_watcher_may_change_its_mind_without_loss",
+        a_watcher_may_change_its_mind,
+    ),
+    (
+        "files_are_opened_by_the_owner_and_appended_to",
+        files_are_appended_to,
+    ),
+    (
+        "orphans_are_reaped_and_end_with_the_root",
+        orphans_end_with_the_root,
+    ),
+    (
+        "a_program_that_does_not_exist_is_refused",
+        a_missing_program_is_refused,
+    ),
+    (
+        "a_capsule_outlives_its_maker_and_is_found_again",
+        a_capsule_outlives_its_maker,
+    ),
+    (
+        "the_run_lease_ends_everything",
+        the_run_lease_ends_everything,
+    ),
     ("a_kill_is_proven", a_kill_is_proven),
-    ("streams_of_a_restored_tree_are_handed_out", streams_are_handed_out),
+    (
+        "streams_of_a_restored_tree_are_handed_out",
+        streams_are_handed_out,
+    ),
 ];
 
 struct Place {
@@ -56,7 +87,10 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
-        Place { directory: tempfile::tempdir().unwrap(), image: OwnImage::create().unwrap() }
+        Place {
+            directory: tempfile::tempdir().unwrap(),
+            image: OwnImage::create().unwrap(),
+        }
     }
 
     fn socket(&self) -> PathBuf {
@@ -81,7 +115,11 @@ fn order(socket: &Path) -> Order {
         own_network: false,
         hosts: None,
         cgroup: None,
-        owner: Owner { uid: 1234, gid: 2345, groups: vec![7, 9] },
+        owner: Owner {
+            uid: 1234,
+            gid: 2345,
+            groups: vec![7, 9],
+        },
         stdio: Stdio::Caller,
         run_lease_ms: None,
     }
@@ -111,12 +149,17 @@ fn run(capsule: &Capsule, script: &str) -> (String, ExitStatus) {
 }
 
 fn watch(capsule: &Capsule) -> (String, ExitStatus) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
-        let mut watch = capsule.watch().await.unwrap();
+        let mut watch = capsule.watch(true).await.unwrap();
         let mut output = String::new();
         loop {
-            let event = tokio::time::timeout(PATIENCE, watch.next()).await.expect("in time");
+            let event = tokio::time::timeout(PATIENCE, watch.next())
+                .await
+                .expect("in time");
             match event.unwrap().expect("the watch goes on") {
                 Answer::Output { bytes, .. } => output += std::str::from_utf8(&bytes).unwrap(),
                 Answer::Exited { status } => return (output, status),
@@ -129,7 +172,9 @@ fn watch(capsule: &Capsule) -> (String, ExitStatus) {
 fn a_program_is_what_was_asked_for() {
     let place = Place::new();
     let cgroups = Cgroups::find().unwrap();
-    let cgroup = cgroups.create(&format!("test-{}", std::process::id())).unwrap();
+    let cgroup = cgroups
+        .create(&format!("test-{}", std::process::id()))
+        .unwrap();
     let capsule = place.make(|order| {
         order.own_network = true;
         order.cgroup = Some(cgroup.to_str().unwrap().to_owned());
@@ -140,7 +185,12 @@ fn a_program_is_what_was_asked_for() {
     let (output, status) = run(&capsule, script);
     let lines: Vec<_> = output.lines().collect();
     assert_eq!(status, ExitStatus::Exited(3), "{output}");
-    assert_eq!(lines[..7], ["1234", "2345", "2345 7 9", "0027", "/tmp", "member-7", "hello"]);
+    assert_eq!(
+        lines[..7],
+        [
+            "1234", "2345", "2345 7 9", "0027", "/tmp", "member-7", "hello"
+        ]
+    );
     // 3 is the directory that ls reads; one interface: lo.
     assert_eq!(lines[7], "0 1 2 3 1");
     assert_eq!(lines[8], "SigBlk:\t0000000000000000");
@@ -151,7 +201,10 @@ fn a_program_is_what_was_asked_for() {
     let inside = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
     assert_eq!(inside.trim(), capsule.init.to_string());
     let environment = fs::read(format!("/proc/{}/environ", capsule.init)).unwrap();
-    assert!(environment.is_empty(), "PID 1 knows nothing of its maker's environment");
+    assert!(
+        environment.is_empty(),
+        "PID 1 knows nothing of its maker's environment"
+    );
     capsule.kill(PATIENCE).unwrap();
     assert!(!place.socket().exists() && !cgroup.exists());
 }
@@ -161,11 +214,27 @@ fn output_waits_for_a_watcher() {
     let capsule = place.make(|_| {});
     // More than a pipe holds: the program cannot end before somebody watches.
     let script = "head -c 1000000 /dev/zero | tr '\\0' x; echo; echo done >&2";
-    let Answer::Started { pid } = capsule.ask(&shell(script)).unwrap() else { panic!() };
-    let host = capsule.host_pid(pid).expect("the program waits for its reader");
-    assert!(fs::read_to_string(format!("/proc/{host}/comm")).unwrap().starts_with("sh"));
+    let Answer::Started { pid } = capsule.ask(&shell(script)).unwrap() else {
+        panic!()
+    };
+    let host = capsule
+        .host_pid(pid)
+        .expect("the program waits for its reader");
+    assert!(
+        fs::read_to_string(format!("/proc/{host}/comm"))
+            .unwrap()
+            .starts_with("sh")
+    );
+    // One that only wants the exit takes no output.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let mut exit_only = runtime.block_on(capsule.watch(false)).unwrap();
     assert_eq!(capsule.status().unwrap().ended, None);
     let (output, status) = watch(&capsule);
+    // The newer watcher has replaced it.
+    assert_eq!(runtime.block_on(exit_only.next()).unwrap(), None);
     assert_eq!(status, ExitStatus::Exited(0));
     assert_eq!(output.matches('x').count(), 1_000_000);
     assert!(output.contains("done"));
@@ -183,7 +252,10 @@ fn files_are_appended_to() {
     fs::set_permissions(place.directory.path(), traverse).unwrap();
     let path = directory.join("log").to_str().unwrap().to_owned();
     for round in ["first", "second"] {
-        let stdio = Stdio::Files { output: path.clone(), error: path.clone() };
+        let stdio = Stdio::Files {
+            output: path.clone(),
+            error: path.clone(),
+        };
         let capsule = place.make(|order| order.stdio = stdio);
         let (output, status) = run(&capsule, &format!("echo {round}; echo {round}-error >&2"));
         assert_eq!((output.as_str(), status), ("", ExitStatus::Exited(0)));
@@ -195,12 +267,49 @@ fn files_are_appended_to() {
     );
     let metadata = fs::metadata(&path).unwrap();
     use std::os::unix::fs::MetadataExt;
-    assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o777), (1234, 2345, 0o640));
+    assert_eq!(
+        (metadata.uid(), metadata.gid(), metadata.mode() & 0o777),
+        (1234, 2345, 0o640)
+    );
     // What the owner may not write is refused by name.
-    let stdio = Stdio::Files { output: "/root/x".into(), error: "/root/x".into() };
+    let stdio = Stdio::Files {
+        output: "/root/x".into(),
+        error: "/root/x".into(),
+    };
     let capsule = place.make(|order| order.stdio = stdio);
     let error = capsule.ask(&shell("true")).unwrap_err().to_string();
     assert!(error.contains("/root/x"), "{error}");
+    capsule.kill(PATIENCE).unwrap();
+}
+
+fn a_watcher_may_change_its_mind() {
+    let place = Place::new();
+    let capsule = place.make(|_| {});
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut watch = capsule.watch(false).await.unwrap();
+        assert!(matches!(
+            capsule.ask(&shell("echo kept; exit 4")),
+            Ok(Answer::Started { .. })
+        ));
+        let exited = Some(Answer::Exited {
+            status: ExitStatus::Exited(4),
+        });
+        assert_eq!(watch.next().await.unwrap(), exited, "without its output");
+        watch.want_output(true).await.unwrap();
+        let mut events = Vec::new();
+        while events.last() != exited.as_ref() {
+            events.push(watch.next().await.unwrap().unwrap());
+        }
+        let output = Answer::Output {
+            stream: 1,
+            bytes: b"kept\n".to_vec(),
+        };
+        assert_eq!(events, [Answer::Done, output, exited.unwrap()]);
+    });
     capsule.kill(PATIENCE).unwrap();
 }
 
@@ -224,9 +333,15 @@ fn orphans_end_with_the_root() {
 fn a_missing_program_is_refused() {
     let place = Place::new();
     let capsule = place.make(|_| {});
-    let Ask::Start { mut command } = shell("") else { unreachable!() };
+    let Ask::Start { mut command } = shell("") else {
+        unreachable!()
+    };
     command.arguments = vec!["no-such-program".to_owned()];
-    let error = capsule.ask(&Ask::Start { command: command.clone() }).unwrap_err();
+    let error = capsule
+        .ask(&Ask::Start {
+            command: command.clone(),
+        })
+        .unwrap_err();
     assert!(error.to_string().contains("no-such-program"), "{error}");
     command.directory = "/no/such/directory".to_owned();
     let error = capsule.ask(&Ask::Start { command }).unwrap_err();
@@ -239,7 +354,8 @@ fn a_missing_program_is_refused() {
 /// Runs in a process of its own, which dies without a farewell.
 fn leave_a_capsule(socket: &Path) -> ExitCode {
     let capsule = Capsule::create(&OwnImage::create().unwrap(), "test", &order(socket)).unwrap();
-    let script = "while ! test -e /tmp/crcoord-go-$$-$GO; do sleep 0.05; done; echo went on; exit 9";
+    let script =
+        "while ! test -e /tmp/crcoord-go-$$-$GO; do sleep 0.05; done; echo went on; exit 9";
     let script = script.replace("$$-$GO", &std::process::id().to_string());
     capsule.ask(&shell(&script)).unwrap();
     std::process::abort();
@@ -261,7 +377,10 @@ fn a_capsule_outlives_its_maker() {
     assert!(name.to_str().unwrap().contains("memfd:crcoord"), "{name:?}");
     let go = format!("/tmp/crcoord-go-{maker_pid}");
     fs::write(&go, "").unwrap();
-    assert_eq!(watch(&capsule), ("went on\n".to_owned(), ExitStatus::Exited(9)));
+    assert_eq!(
+        watch(&capsule),
+        ("went on\n".to_owned(), ExitStatus::Exited(9))
+    );
     fs::remove_file(&go).unwrap();
     // The status is kept for whoever comes later, and gone after the end.
     let (capsule, status) = place.attach().unwrap();
@@ -273,9 +392,14 @@ fn a_capsule_outlives_its_maker() {
 fn the_run_lease_ends_everything() {
     let place = Place::new();
     let capsule = place.make(|order| order.run_lease_ms = Some(60_000));
-    let Answer::Started { pid } = capsule.ask(&shell("sleep 1000")).unwrap() else { panic!() };
+    let Answer::Started { pid } = capsule.ask(&shell("sleep 1000")).unwrap() else {
+        panic!()
+    };
     let host = capsule.host_pid(pid).unwrap();
-    assert_eq!(capsule.ask(&Ask::RenewLease { lease_ms: 50 }).unwrap(), Answer::Done);
+    assert_eq!(
+        capsule.ask(&Ask::RenewLease { lease_ms: 50 }).unwrap(),
+        Answer::Done
+    );
     let end = Instant::now() + PATIENCE;
     while !capsule.ended() {
         assert!(Instant::now() < end, "the lease does not end it");
@@ -289,8 +413,11 @@ fn a_kill_is_proven() {
     let place = Place::new();
     let capsule = place.make(|_| {});
     // A process that ignores everything it can, and its children.
-    let script = "trap '' TERM INT HUP; (sleep 1000 &) ; (setsid sleep 1000 &); sleep 1000; sleep 1000";
-    let Answer::Started { pid } = capsule.ask(&shell(script)).unwrap() else { panic!() };
+    let script =
+        "trap '' TERM INT HUP; (sleep 1000 &) ; (setsid sleep 1000 &); sleep 1000; sleep 1000";
+    let Answer::Started { pid } = capsule.ask(&shell(script)).unwrap() else {
+        panic!()
+    };
     assert!(capsule.host_pid(pid).is_some());
     assert!(!capsule.ended());
     let namespace = fs::read_link(format!("/proc/{}/ns/pid", capsule.init)).unwrap();
@@ -319,23 +446,45 @@ fn streams_are_handed_out() {
         let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
         let metadata = fs::metadata(path).unwrap();
         use std::os::unix::fs::MetadataExt;
-        assert_eq!((metadata.dev(), metadata.ino()), (identity.device, identity.inode));
+        assert_eq!(
+            (metadata.dev(), metadata.ino()),
+            (identity.device, identity.inode)
+        );
     }
     // A tree built from outside: here a process put into the PID namespace as an engine would.
     let target = capsule.init.to_string();
     let mut child = Process::new("nsenter")
-        .args(["-t", &target, "-p", "sh", "-c", "echo restored; exec sleep 1000"])
+        .args([
+            "-t",
+            &target,
+            "-p",
+            "sh",
+            "-c",
+            "echo restored; exec sleep 1000",
+        ])
         .stdout(streams.into_iter().next().unwrap().1)
         .spawn()
         .unwrap();
     assert_eq!(capsule.ask(&Ask::Expect { root: 2 }).unwrap(), Answer::Done);
     let refused = capsule.ask(&shell("true")).unwrap_err();
     assert!(refused.to_string().contains("already"), "{refused}");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
-        let mut watch = capsule.watch().await.unwrap();
-        let event = tokio::time::timeout(PATIENCE, watch.next()).await.unwrap().unwrap();
-        assert_eq!(event, Some(Answer::Output { stream: 1, bytes: b"restored\n".to_vec() }));
+        let mut watch = capsule.watch(true).await.unwrap();
+        let event = tokio::time::timeout(PATIENCE, watch.next())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            event,
+            Some(Answer::Output {
+                stream: 1,
+                bytes: b"restored\n".to_vec()
+            })
+        );
     });
     capsule.kill(PATIENCE).unwrap();
     assert!(!child.wait().unwrap().success());

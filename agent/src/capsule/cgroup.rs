@@ -19,7 +19,10 @@ impl Cgroups {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let place = place(&mounts, &own).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::NotFound, "no cgroup2 and no v1 freezer mount")
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                "no cgroup2 and no v1 freezer mount",
+            )
         })?;
         let base = place.join("crcoord");
         match fs::create_dir(&base) {
@@ -69,7 +72,8 @@ fn place(mounts: &str, own: &str) -> Option<PathBuf> {
             let mut back = back.split(' ');
             let fits = back.next() == Some(kind)
                 && option.is_none_or(|option| {
-                    back.nth(1).is_some_and(|all| all.split(',').any(|one| one == option))
+                    back.nth(1)
+                        .is_some_and(|all| all.split(',').any(|one| one == option))
                 });
             let mut front = front.split(' ').skip(3);
             let (root, point) = (front.next()?, front.next()?);
@@ -121,16 +125,25 @@ mod tests {
             place(HYBRID, own).unwrap(),
             Path::new("/sys/fs/cgroup/unified/system.slice/crcoord.service")
         );
-        let without: String =
-            HYBRID.lines().filter(|line| !line.contains("cgroup2")).collect::<Vec<_>>().join("\n");
-        assert_eq!(place(&without, own).unwrap(), Path::new("/sys/fs/cgroup/freezer/jobs"));
+        let without: String = HYBRID
+            .lines()
+            .filter(|line| !line.contains("cgroup2"))
+            .collect::<Vec<_>>()
+            .join("\n");
+        assert_eq!(
+            place(&without, own).unwrap(),
+            Path::new("/sys/fs/cgroup/freezer/jobs")
+        );
         assert_eq!(place("", own), None);
     }
 
     #[test]
     fn a_containers_mount_shows_its_part_only() {
         let mounts = "41 31 0:38 /box /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(place(mounts, "0::/box/a\n").unwrap(), Path::new("/sys/fs/cgroup/a"));
+        assert_eq!(
+            place(mounts, "0::/box/a\n").unwrap(),
+            Path::new("/sys/fs/cgroup/a")
+        );
         assert_eq!(place(mounts, "0::/other\n"), None);
     }
 }

@@ -107,13 +107,20 @@ impl Capsule {
     pub fn create(image: &OwnImage, id: &str, order: &Order) -> Result<Self, CapsuleError> {
         let failed = step(id);
         let (ours, theirs) = UnixStream::pair().map_err(failed("socketpair"))?;
-        ours.set_read_timeout(Some(PATIENCE)).map_err(failed("socketpair"))?;
-        ours.set_write_timeout(Some(PATIENCE)).map_err(failed("socketpair"))?;
+        ours.set_read_timeout(Some(PATIENCE))
+            .map_err(failed("socketpair"))?;
+        ours.set_write_timeout(Some(PATIENCE))
+            .map_err(failed("socketpair"))?;
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.map_err(failed("opening /dev/null"))?;
         let launcher = Spawn::new(&image.path(), &["crcoord", "capsule"], &[])
             .map_err(failed("starting it"))?
-            .descriptors(vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()])
+            .descriptors(vec![
+                null.as_fd(),
+                null.as_fd(),
+                null.as_fd(),
+                theirs.as_fd(),
+            ])
             .new_session()
             .start()
             .map_err(failed("starting it"))?;
@@ -175,7 +182,10 @@ impl Capsule {
                 Ok(Some((capsule, status)))
             }
             Ok(_) => Err(CapsuleError::Unexpected { id: id.to_owned() }),
-            Err(CapsuleError::Talk { source: FrameError::Truncated, .. }) => Ok(None),
+            Err(CapsuleError::Talk {
+                source: FrameError::Truncated,
+                ..
+            }) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -195,7 +205,9 @@ impl Capsule {
     pub fn status(&self) -> Result<Status, CapsuleError> {
         match self.ask(&Ask::Status)? {
             Answer::Status(status) => Ok(status),
-            _ => Err(CapsuleError::Unexpected { id: self.id.clone() }),
+            _ => Err(CapsuleError::Unexpected {
+                id: self.id.clone(),
+            }),
         }
     }
 
@@ -233,26 +245,33 @@ impl Capsule {
                 Ok(names.into_iter().zip(descriptors).collect())
             }
             Some(Answer::Failed(report)) => Err(CapsuleError::Refused(report)),
-            Some(_) => Err(CapsuleError::Unexpected { id: self.id.clone() }),
+            Some(_) => Err(CapsuleError::Unexpected {
+                id: self.id.clone(),
+            }),
             None => Err(self.talk(FrameError::Truncated)),
         }
     }
 
-    /// A connection that gets output and the exit from now on; call on the runtime.
+    /// A connection that gets the exit, and output where that is wanted; call on the runtime.
     ///
     /// # Errors
     /// [`CapsuleError`].
-    pub async fn watch(&self) -> Result<Watch, CapsuleError> {
+    pub async fn watch(&self, output: bool) -> Result<Watch, CapsuleError> {
         let stream = tokio::net::UnixStream::connect(&self.socket)
             .await
             .map_err(step(&self.id)("connecting"))?;
         let (read, write) = stream.into_split();
         let mut writer = FrameWriter::with_limit(write, MESSAGE_LIMIT);
-        writer.send(&Ask::Watch).await.map_err(|error| self.talk(error))?;
+        writer
+            .send(&Ask::Watch { output })
+            .await
+            .map_err(|error| self.talk(error))?;
         let mut reader = FrameReader::with_limit(read, MESSAGE_LIMIT);
         match reader.recv().await.map_err(|error| self.talk(error))? {
-            Some(Answer::Done) => Ok(Watch { reader, _writer: writer }),
-            _ => Err(CapsuleError::Unexpected { id: self.id.clone() }),
+            Some(Answer::Done) => Ok(Watch { reader, writer }),
+            _ => Err(CapsuleError::Unexpected {
+                id: self.id.clone(),
+            }),
         }
     }
 
@@ -286,7 +305,10 @@ impl Capsule {
             Err(error) => return Err(step(&self.id)("killing its PID 1")(error)),
         }
         if !self.gone_within(patience) {
-            return Err(CapsuleError::Alive { id: self.id.clone(), after: patience });
+            return Err(CapsuleError::Alive {
+                id: self.id.clone(),
+                after: patience,
+            });
         }
         self.clean_up();
         Ok(())
@@ -294,7 +316,10 @@ impl Capsule {
 
     /// Removes socket, hosts file and cgroup of a capsule that has ended.
     pub fn clean_up(&self) {
-        for path in [Some(&self.socket), self.hosts.as_ref()].into_iter().flatten() {
+        for path in [Some(&self.socket), self.hosts.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             if let Err(error) = fs::remove_file(path)
                 && error.kind() != io::ErrorKind::NotFound
             {
@@ -313,6 +338,11 @@ impl Capsule {
         self.cgroup.as_deref()
     }
 
+    /// The file over its /etc/hosts.
+    pub fn hosts(&self) -> Option<&Path> {
+        self.hosts.as_deref()
+    }
+
     fn gone_within(&self, patience: Duration) -> bool {
         wait_readable(&*self.pidfd, patience)
     }
@@ -322,7 +352,10 @@ impl Capsule {
     }
 
     fn talk(&self, source: FrameError) -> CapsuleError {
-        CapsuleError::Talk { id: self.id.clone(), source }
+        CapsuleError::Talk {
+            id: self.id.clone(),
+            source,
+        }
     }
 }
 
@@ -330,12 +363,20 @@ impl Capsule {
 #[derive(Debug)]
 pub struct Watch {
     reader: FrameReader<tokio::net::unix::OwnedReadHalf>,
-    _writer: FrameWriter<tokio::net::unix::OwnedWriteHalf>,
+    writer: FrameWriter<tokio::net::unix::OwnedWriteHalf>,
 }
 
 impl Watch {
+    /// Whether output is wanted from now on. What was sent before still comes.
+    ///
+    /// # Errors
+    /// [`FrameError`].
+    pub async fn want_output(&mut self, output: bool) -> Result<(), FrameError> {
+        self.writer.send(&Ask::Watch { output }).await
+    }
+
     /// The next [`Answer::Output`] or [`Answer::Exited`]; `None` when PID 1 has closed the
-    /// connection. Cancel-safe.
+    /// connection. [`Answer::Done`] confirms a change of mind. Cancel-safe.
     ///
     /// # Errors
     /// [`FrameError`].
@@ -365,12 +406,17 @@ pub(crate) fn wait_readable(descriptor: impl AsFd, patience: Duration) -> bool {
 
 fn innermost_pid(pid: &str) -> Option<i32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
     line.split_ascii_whitespace().next_back()?.parse().ok()
 }
 
 fn converse(id: &str, ours: &UnixStream, order: &Order) -> Result<(i32, OwnedFd), CapsuleError> {
-    let talk = |source| CapsuleError::Talk { id: id.to_owned(), source };
+    let talk = |source| CapsuleError::Talk {
+        id: id.to_owned(),
+        source,
+    };
     frame::write(&mut &*ours, order, MESSAGE_LIMIT).map_err(talk)?;
     let mut init = None;
     let mut ready = false;
@@ -378,7 +424,9 @@ fn converse(id: &str, ours: &UnixStream, order: &Order) -> Result<(i32, OwnedFd)
         match frame::read(&mut &*ours, MESSAGE_LIMIT).map_err(talk)? {
             Some(Announcement::Init { pid }) => {
                 let pidfd = pidfd_open(pid).map_err(step(id)("pidfd_open"))?;
-                (&mut &*ours).write_all(&[1]).map_err(step(id)("answering"))?;
+                (&mut &*ours)
+                    .write_all(&[1])
+                    .map_err(step(id)("answering"))?;
                 init = Some((pid, pidfd));
             }
             Some(Announcement::Ready) => ready = true,
@@ -390,9 +438,16 @@ fn converse(id: &str, ours: &UnixStream, order: &Order) -> Result<(i32, OwnedFd)
 }
 
 fn exchange(id: &str, stream: &UnixStream, ask: &Ask) -> Result<Answer, CapsuleError> {
-    let talk = |source| CapsuleError::Talk { id: id.to_owned(), source };
-    stream.set_read_timeout(Some(PATIENCE)).map_err(step(id)("setting a deadline"))?;
-    stream.set_write_timeout(Some(PATIENCE)).map_err(step(id)("setting a deadline"))?;
+    let talk = |source| CapsuleError::Talk {
+        id: id.to_owned(),
+        source,
+    };
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .map_err(step(id)("setting a deadline"))?;
+    stream
+        .set_write_timeout(Some(PATIENCE))
+        .map_err(step(id)("setting a deadline"))?;
     frame::write(&mut &*stream, ask, MESSAGE_LIMIT).map_err(talk)?;
     match frame::read(&mut &*stream, MESSAGE_LIMIT).map_err(talk)? {
         Some(Answer::Failed(report)) => Err(CapsuleError::Refused(report)),

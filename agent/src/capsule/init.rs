@@ -80,7 +80,9 @@ impl Init {
         // From here on SO_PEERCRED of the socket names PID 1 and not the launcher.
         rustix::net::listen(&listener, 16)
             .map_err(|error| LaunchError::step("listen")(error.into()))?;
-        listener.set_nonblocking(true).map_err(LaunchError::step("listen"))?;
+        listener
+            .set_nonblocking(true)
+            .map_err(LaunchError::step("listen"))?;
         set_propagation(Propagation::Slave)?;
         mount_proc(Path::new("/proc"))?;
         if Path::new("/dev/mqueue").is_dir() {
@@ -93,8 +95,8 @@ impl Init {
         if let Some(hosts) = &order.hosts {
             bind_mount(Path::new(hosts), Path::new("/etc/hosts"))?;
         }
-        let children = signal_descriptor(&[Signal::CHILD.as_raw()])
-            .map_err(LaunchError::step("signalfd"))?;
+        let children =
+            signal_descriptor(&[Signal::CHILD.as_raw()]).map_err(LaunchError::step("signalfd"))?;
         let lease = order.run_lease_ms.map(Lease::start).transpose();
         let lease = lease.map_err(LaunchError::step("run lease"))?;
         let streams = streams::open(&order.stdio).map_err(LaunchError::step("pipes"))?;
@@ -146,14 +148,22 @@ impl Init {
         }
         // Output is only read when the watcher has taken all before it: so the pipe fills and the
         // program waits, and PID 1 keeps one message at most.
-        if self.watcher().is_some_and(|peer| !peer.busy()) {
+        if self
+            .peers
+            .iter()
+            .any(|(_, peer)| peer.wants_output && !peer.busy())
+        {
             for (index, stream) in self.streams.iter().enumerate().filter(|(_, s)| !s.ended()) {
                 fds.push(PollFd::new(stream, PollFlags::IN));
                 meaning.push(Ready::Output(index));
             }
         }
         for (number, peer) in &self.peers {
-            let output = if peer.busy() { PollFlags::OUT } else { PollFlags::empty() };
+            let output = if peer.busy() {
+                PollFlags::OUT
+            } else {
+                PollFlags::empty()
+            };
             fds.push(PollFd::new(peer, PollFlags::IN | output));
             meaning.push(Ready::Peer(*number));
         }
@@ -163,15 +173,19 @@ impl Init {
             Err(error) => return Err(error.into()),
         }
         let ready = fds.iter().map(|fd| !fd.revents().is_empty());
-        Ok(meaning.into_iter().zip(ready).filter_map(|(what, ready)| ready.then_some(what)).collect())
-    }
-
-    fn watcher(&self) -> Option<&Peer> {
-        self.peers.iter().map(|(_, peer)| peer).find(|peer| peer.watching)
+        Ok(meaning
+            .into_iter()
+            .zip(ready)
+            .filter_map(|(what, ready)| ready.then_some(what))
+            .collect())
     }
 
     fn enforce_lease(&mut self) -> io::Result<()> {
-        if self.lease.as_ref().is_some_and(|lease| lease.over().unwrap_or(true)) {
+        if self
+            .lease
+            .as_ref()
+            .is_some_and(|lease| lease.over().unwrap_or(true))
+        {
             signal_everybody_else(Signal::KILL.as_raw())?;
             std::process::exit(LEASE_OVER);
         }
@@ -251,29 +265,35 @@ impl Init {
     /// Passes on what one stream holds.
     fn forward(&mut self, index: usize) -> io::Result<()> {
         // Another stream's output may have made the watcher busy since the poll.
-        let Some(number) =
-            self.peers.iter().find(|(_, p)| p.watching && !p.busy()).map(|(number, _)| *number)
+        let Some(number) = self
+            .peers
+            .iter()
+            .find(|(_, p)| p.wants_output && !p.busy())
+            .map(|(number, _)| *number)
         else {
             return Ok(());
         };
         let stream = &mut self.streams[index];
         if let Some(bytes) = stream.read()? {
-            let event = Answer::Output { stream: stream.number, bytes };
+            let event = Answer::Output {
+                stream: stream.number,
+                bytes,
+            };
             self.to_peer(number, |peer| peer.answer(&event));
         }
         Ok(())
     }
 
-    /// Tells the watcher the exit once it has all output that there will be.
+    /// Tells the watcher the exit, once it has all output that there will be if it wants that.
     fn tell_exit(&mut self) {
         let Some(status) = self.ended.filter(|_| self.starting.is_none()) else {
             return;
         };
-        let Some(number) = self
+        let Some((number, wants_output)) = self
             .peers
             .iter()
             .find(|(_, peer)| peer.watching && !peer.busy() && !peer.told_exit)
-            .map(|(number, _)| *number)
+            .map(|(number, peer)| (*number, peer.wants_output))
         else {
             return;
         };
@@ -281,12 +301,15 @@ impl Init {
         // what is in it now is all.
         let readable = |stream: &Stream| {
             let mut fds = [PollFd::new(stream, PollFlags::IN)];
-            let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+            let now = rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
             !stream.ended()
                 && poll(&mut fds, Some(&now)).is_ok()
                 && fds[0].revents().contains(PollFlags::IN)
         };
-        if self.streams.iter().any(readable) {
+        if wants_output && self.streams.iter().any(readable) {
             return;
         }
         self.to_peer(number, |peer| {
@@ -320,10 +343,12 @@ impl Init {
                 Ok(()) => return Ok(()), // answered when the exec is done
                 Err(report) => Answer::Failed(report),
             },
-            Ask::Watch => {
-                self.peers.retain(|(other, peer)| *other == number || !peer.watching);
+            Ask::Watch { output } => {
+                self.peers
+                    .retain(|(other, peer)| *other == number || !peer.watching);
                 self.to_peer(number, |peer| {
-                    peer.watching = true;
+                    (peer.watching, peer.wants_output) = (true, output);
+                    peer.told_exit = false;
                     Ok(())
                 });
                 Answer::Done
@@ -343,11 +368,13 @@ impl Init {
 
     fn start(&mut self, command: &Command, number: usize) -> Result<(), Report> {
         if self.root.is_some() || self.starting.is_some() {
-            return Err(failure("capsule-running", "the capsule's program was started already"));
+            return Err(failure(
+                "capsule-running",
+                "the capsule's program was started already",
+            ));
         }
-        let starting =
-            program::start(command, &self.order.owner, &self.order.stdio, &self.streams)
-                .map_err(|error| failure("capsule-start", &format!("fork: {error}")))?;
+        let starting = program::start(command, &self.order.owner, &self.order.stdio, &self.streams)
+            .map_err(|error| failure("capsule-start", &format!("fork: {error}")))?;
         self.root = Some(starting.pid);
         self.starting = Some((starting, number));
         Ok(())
@@ -366,7 +393,10 @@ impl Init {
 
     fn give_streams(&mut self, number: usize) -> io::Result<()> {
         let streams = std::mem::take(&mut self.streams);
-        let names = streams.iter().map(|stream| stream.name.to_owned()).collect();
+        let names = streams
+            .iter()
+            .map(|stream| stream.name.to_owned())
+            .collect();
         let writers: Vec<_> = streams.iter().filter_map(Stream::writer).collect();
         if writers.len() == streams.len() {
             let answer = Answer::Streams { names };
@@ -385,7 +415,10 @@ impl Init {
 
     fn expect(&mut self, root: i32) -> io::Result<Answer> {
         if self.root.is_some() {
-            return Ok(Answer::Failed(failure("capsule-running", "the capsule has a root already")));
+            return Ok(Answer::Failed(failure(
+                "capsule-running",
+                "the capsule has a root already",
+            )));
         }
         self.root = Some(root);
         streams::give_away(&mut self.streams);
@@ -397,9 +430,15 @@ impl Init {
     }
 
     fn signal(&self, signal: i32) -> Answer {
-        let target = self.root.filter(|_| self.ended.is_none()).and_then(Pid::from_raw);
+        let target = self
+            .root
+            .filter(|_| self.ended.is_none())
+            .and_then(Pid::from_raw);
         let (Some(target), Some(signal)) = (target, Signal::from_named_raw(signal)) else {
-            return Answer::Failed(failure("capsule-signal", "no such signal or no running program"));
+            return Answer::Failed(failure(
+                "capsule-signal",
+                "no such signal or no running program",
+            ));
         };
         match kill_process(target, signal) {
             Ok(()) => Answer::Done,

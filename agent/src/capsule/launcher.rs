@@ -69,16 +69,21 @@ pub fn main() -> ExitCode {
 }
 
 fn launch(stream: &UnixStream) -> Result<(), LaunchError> {
-    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?
-        .ok_or_else(|| LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into()))?;
+    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?.ok_or_else(|| {
+        LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into())
+    })?;
     // Bound before the mount namespace is entered, so that every later agent sees it.
     let listener = bind(Path::new(&order.socket))?;
     if let Some(cgroup) = &order.cgroup {
         let path = Path::new(cgroup).join("cgroup.procs");
         fs::write(&path, "0").map_err(LaunchError::step(format!("joining {}", path.display())))?;
     }
-    let mut kinds =
-        vec![NamespaceKind::Pid, NamespaceKind::Mount, NamespaceKind::Uts, NamespaceKind::Ipc];
+    let mut kinds = vec![
+        NamespaceKind::Pid,
+        NamespaceKind::Mount,
+        NamespaceKind::Uts,
+        NamespaceKind::Ipc,
+    ];
     if order.own_network {
         kinds.push(NamespaceKind::Network);
     }
@@ -96,7 +101,11 @@ fn bind(path: &Path) -> Result<UnixListener, LaunchError> {
     match fs::remove_file(path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(LaunchError::step(format!("removing {}", path.display()))(error)),
+        Err(error) => {
+            return Err(LaunchError::step(format!("removing {}", path.display()))(
+                error,
+            ));
+        }
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     UnixListener::bind(path).map_err(LaunchError::step(format!("binding {}", path.display())))

@@ -18,7 +18,9 @@ impl Lease {
     /// A lease of this many milliseconds from now.
     pub fn start(milliseconds: u64) -> io::Result<Self> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let lease = Lease { timer: timerfd_create(TimerfdClockId::Boottime, flags)? };
+        let lease = Lease {
+            timer: timerfd_create(TimerfdClockId::Boottime, flags)?,
+        };
         lease.renew(milliseconds)?;
         Ok(lease)
     }
@@ -28,7 +30,10 @@ impl Lease {
         // 0 would disarm the timer.
         let milliseconds = milliseconds.max(1).min(i64::MAX as u64);
         let setting = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_interval: Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
             it_value: Timespec {
                 tv_sec: (milliseconds / 1000).cast_signed(),
                 tv_nsec: (milliseconds % 1000 * 1_000_000).cast_signed(),

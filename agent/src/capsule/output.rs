@@ -16,8 +16,10 @@ pub(super) struct Peer {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// It is told output and exit.
+    /// It is told the exit.
     pub watching: bool,
+    /// It is told output as well.
+    pub wants_output: bool,
     /// The exit was told.
     pub told_exit: bool,
 }
@@ -30,6 +32,7 @@ impl Peer {
             input: Vec::new(),
             output: Vec::new(),
             watching: false,
+            wants_output: false,
             told_exit: false,
         })
     }

@@ -37,7 +37,9 @@ impl Starting {
                 frame::read::<Report>(&mut &bytes[..], MESSAGE_LIMIT)
                     .ok()
                     .flatten()
-                    .unwrap_or_else(|| refused("starting the program", &io::ErrorKind::InvalidData.into())),
+                    .unwrap_or_else(|| {
+                        refused("starting the program", &io::ErrorKind::InvalidData.into())
+                    }),
             ),
             Err(error) => Some(refused("starting the program", &error)),
         }
@@ -59,7 +61,10 @@ pub(super) fn start(
 ) -> io::Result<Starting> {
     let (failure, told) = pipe_with(PipeFlags::CLOEXEC)?;
     match fork_from_init()? {
-        Fork::Parent(pid) => Ok(Starting { pid, failure: File::from(failure) }),
+        Fork::Parent(pid) => Ok(Starting {
+            pid,
+            failure: File::from(failure),
+        }),
         Fork::Child => {
             let report = become_program(command, owner, stdio, streams);
             // Nobody is left to tell where PID 1 has died: the kernel ends this child then.
@@ -70,12 +75,7 @@ pub(super) fn start(
 }
 
 /// Returns only when it failed.
-fn become_program(
-    command: &Command,
-    owner: &Owner,
-    stdio: &Stdio,
-    streams: &[Stream],
-) -> Report {
+fn become_program(command: &Command, owner: &Owner, stdio: &Stdio, streams: &[Stream]) -> Report {
     match prepare(command, owner, stdio, streams) {
         Ok(mut program) => {
             let error = program.exec();
@@ -94,14 +94,22 @@ fn prepare(
     streams: &[Stream],
 ) -> Result<Program, Report> {
     let [name, arguments @ ..] = command.arguments.as_slice() else {
-        return Err(Report::new("capsule-command", Class::Usage, "no program was named"));
+        return Err(Report::new(
+            "capsule-command",
+            Class::Usage,
+            "no program was named",
+        ));
     };
     let in_step = |step: &'static str| move |error: rustix::io::Errno| refused(step, &error.into());
     rustix::process::setsid().map_err(in_step("setsid"))?;
     // The agent's own protection from the OOM killer is not the program's.
     std::fs::write("/proc/self/oom_score_adj", "0")
         .map_err(|error| refused("resetting oom_score_adj", &error))?;
-    let groups: Vec<_> = owner.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+    let groups: Vec<_> = owner
+        .groups
+        .iter()
+        .map(|group| Gid::from_raw(*group))
+        .collect();
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
     // This process has one thread, so what is set for it is set for all of it.
     set_thread_groups(&groups).map_err(in_step("setgroups"))?;
@@ -117,7 +125,9 @@ fn prepare(
         Stdio::Files { output, error } => {
             let first = append_to(output)?;
             let second = match error == output {
-                true => first.try_clone().map_err(|error| refused("duplicating stdout", &error))?,
+                true => first
+                    .try_clone()
+                    .map_err(|error| refused("duplicating stdout", &error))?,
                 false => append_to(error)?,
             };
             (first.into(), second.into())
@@ -152,9 +162,15 @@ fn end_of(streams: &[Stream], number: u8) -> Result<OwnedFd, Report> {
     let stream = streams.iter().find(|stream| stream.number == number);
     let writer = stream.and_then(|stream| stream.writer());
     let writer = writer.ok_or_else(|| {
-        Report::new("capsule-streams", Class::Failure, "the standard streams were given away")
+        Report::new(
+            "capsule-streams",
+            Class::Failure,
+            "the standard streams were given away",
+        )
     })?;
-    writer.try_clone_to_owned().map_err(|error| refused("duplicating a stream", &error))
+    writer
+        .try_clone_to_owned()
+        .map_err(|error| refused("duplicating a stream", &error))
 }
 
 fn refused(step: &str, error: &io::Error) -> Report {

@@ -64,9 +64,14 @@ pub enum Ask {
         /// What to start, its environment complete.
         command: Command,
     },
-    /// Send output and the exit from now on; an earlier watcher's connection is closed.
+    /// Tell the exit from now on, and output where that is wanted; an earlier watcher's connection
+    /// is closed. May be asked again on the same connection with another choice, without loss.
     /// Answer: Done.
-    Watch,
+    Watch {
+        /// True: send all output, and the exit after it. False: leave output in the pipes, so that
+        /// the program waits once they are full, and tell the exit at once.
+        output: bool,
+    },
     /// Answer: Done.
     RenewLease {
         /// From now, in milliseconds.
@@ -116,7 +121,7 @@ pub enum Answer {
         #[serde(with = "serde_bytes")]
         bytes: Vec<u8>,
     },
-    /// Event: the root process ended and all its output was sent.
+    /// Event: the root process ended, and all its output was sent if that was wanted.
     Exited {
         /// How.
         status: ExitStatus,

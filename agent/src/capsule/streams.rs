@@ -29,8 +29,11 @@ impl Stream {
         // Of the reading end alone: the program's end must block as pipes do.
         fcntl_setfl(&reader, OFlags::NONBLOCK)?;
         let stat = fstat(&reader)?;
-        let identity =
-            StreamIdentity { name: name.to_owned(), device: stat.st_dev, inode: stat.st_ino };
+        let identity = StreamIdentity {
+            name: name.to_owned(),
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        };
         Ok(Stream {
             number,
             name,
@@ -90,5 +93,8 @@ pub(super) fn give_away(streams: &mut [Stream]) {
 
 /// What the kernel calls them.
 pub(super) fn identities(streams: &[Stream]) -> Vec<StreamIdentity> {
-    streams.iter().map(|stream| stream.identity.clone()).collect()
+    streams
+        .iter()
+        .map(|stream| stream.identity.clone())
+        .collect()
 }
