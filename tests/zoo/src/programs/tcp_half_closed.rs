@@ -10,8 +10,8 @@ use crcoord_zoo::{Explain, Outcome, Stage, ensure, ensure_equal, pattern, socket
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const CLOSE_WAIT: u8 = 8;
-/// More than a small window takes: part of it, and the FIN, stay in the send queue.
-const LARGE: usize = 2 << 20;
+/// More than both queues hold: part of what is taken, and the FIN, stay in the send queue.
+const LARGE: usize = 12 << 20;
 const SMALL: usize = 10_000;
 
 pub fn run(stage: &Stage) -> Outcome {
@@ -63,10 +63,9 @@ impl Pair {
         })
     }
 
-    /// With a small receive buffer and a large send buffer, so that the FIN cannot leave.
+    /// With a full receive window and more in the send queue, so that the FIN cannot leave.
     fn large(seed: u64) -> Outcome<Pair> {
         let (shut, open) = sockets::tcp_pair().explain("connecting")?;
-        sockets::set_option(&open, libc::SOL_SOCKET, libc::SO_RCVBUF, 8192).explain("SO_RCVBUF")?;
         shut.set_nonblocking(true).explain("O_NONBLOCK")?;
         let data = pattern::bytes(seed, 0, LARGE);
         let mut length = 0;
@@ -80,6 +79,7 @@ impl Pair {
                 }
             }
         }
+        ensure!(length < LARGE, "the queues took everything");
         shut.set_nonblocking(false).explain("O_NONBLOCK")?;
         shut.shutdown(Shutdown::Write).explain("shutdown")?;
         ensure!(
