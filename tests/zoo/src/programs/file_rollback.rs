@@ -11,6 +11,14 @@ pub fn run(stage: &Stage) -> Outcome {
         .explain(path.display())?;
     let mut lines = 0_u64;
     let mut write_line = || -> Outcome<u64> {
+        // Lines of a life after the cut would lie beyond: they must be gone before the next write covers them.
+        let position = descriptors::position(&file).explain("lseek")?;
+        let length = fs::metadata(&path).explain(path.display())?.len();
+        ensure_equal!(
+            length,
+            position,
+            "length of the file against the position in it"
+        );
         descriptors::write_all(&file, line(lines).as_bytes()).explain("write")?;
         lines += 1;
         Ok(lines)
