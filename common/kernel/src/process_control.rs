@@ -34,8 +34,14 @@ impl<'a> Spawn<'a> {
         let text = |text: &str| CString::new(text).map_err(io::Error::from);
         Ok(Spawn {
             program: text(program)?,
-            arguments: arguments.iter().map(|one| text(one)).collect::<io::Result<_>>()?,
-            environment: environment.iter().map(|one| text(one)).collect::<io::Result<_>>()?,
+            arguments: arguments
+                .iter()
+                .map(|one| text(one))
+                .collect::<io::Result<_>>()?,
+            environment: environment
+                .iter()
+                .map(|one| text(one))
+                .collect::<io::Result<_>>()?,
             descriptors: Vec::new(),
             new_session: false,
         })
@@ -140,9 +146,7 @@ impl FileActions {
 
     fn duplicate(&mut self, source: RawFd, target: RawFd) -> io::Result<()> {
         // SAFETY: the structure is initialised; the descriptors are only noted.
-        checked(unsafe {
-            libc::posix_spawn_file_actions_adddup2(&raw mut self.0, source, target)
-        })
+        checked(unsafe { libc::posix_spawn_file_actions_adddup2(&raw mut self.0, source, target) })
     }
 
     fn close_from(&mut self, first: RawFd) -> io::Result<()> {
@@ -167,7 +171,11 @@ impl Attributes {
         let mut attributes = Attributes(unsafe { std::mem::zeroed() });
         // SAFETY: the pointer is to a structure of the right type.
         checked(unsafe { libc::posix_spawnattr_init(&raw mut attributes.0) })?;
-        let session = if new_session { libc::POSIX_SPAWN_SETSID.into() } else { 0 };
+        let session = if new_session {
+            libc::POSIX_SPAWN_SETSID.into()
+        } else {
+            0
+        };
         let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF | session;
         let flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
         // SAFETY: the signal sets are plain data that sigemptyset and sigfillset initialise before
@@ -176,8 +184,14 @@ impl Attributes {
             let (mut none, mut all) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigemptyset(&raw mut none);
             libc::sigfillset(&raw mut all);
-            checked(libc::posix_spawnattr_setsigmask(&raw mut attributes.0, &raw const none))?;
-            checked(libc::posix_spawnattr_setsigdefault(&raw mut attributes.0, &raw const all))?;
+            checked(libc::posix_spawnattr_setsigmask(
+                &raw mut attributes.0,
+                &raw const none,
+            ))?;
+            checked(libc::posix_spawnattr_setsigdefault(
+                &raw mut attributes.0,
+                &raw const all,
+            ))?;
             checked(libc::posix_spawnattr_setflags(&raw mut attributes.0, flags))?;
         }
         Ok(attributes)
@@ -229,7 +243,10 @@ pub fn fork_single_threaded() -> io::Result<Fork> {
 /// `Unsupported` when the caller is not PID 1 of its namespace; else what the kernel said.
 pub fn fork_from_init() -> io::Result<Fork> {
     if std::process::id() != 1 {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "the caller is not PID 1"));
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the caller is not PID 1",
+        ));
     }
     // PID 1 is the result of a fork of a single-threaded process, and `crcoord capsule` starts no
     // thread; Threads of the status file is only readable once /proc is mounted.
@@ -278,7 +295,10 @@ pub fn signal_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
 /// `Unsupported` when the caller is not PID 1; ESRCH, meaning nobody was there, is no error.
 pub fn signal_everybody_else(signal: i32) -> io::Result<()> {
     if std::process::id() != 1 {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "the caller is not PID 1"));
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the caller is not PID 1",
+        ));
     }
     // SAFETY: kill(2) takes no pointers.
     match unsafe { libc::kill(-1, signal) } {
@@ -300,7 +320,10 @@ pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
     use std::sync::atomic::{AtomicU64, Ordering};
     static TAKEN: AtomicU64 = AtomicU64::new(0);
     if !(3..64).contains(&number) {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an inherited descriptor"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not an inherited descriptor",
+        ));
     }
     // SAFETY: F_GETFD touches no memory of ours.
     let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
@@ -309,10 +332,16 @@ pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
     }
     // Whatever this process opens itself is close-on-exec: what is not came from its parent.
     if flags & libc::FD_CLOEXEC != 0 {
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not inherited, or taken"));
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "not inherited, or taken",
+        ));
     }
     if TAKEN.fetch_or(1 << number, Ordering::SeqCst) & (1 << number) != 0 {
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "already taken"));
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "already taken",
+        ));
     }
     // SAFETY: F_SETFD touches no memory of ours.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
@@ -337,7 +366,11 @@ pub fn signal_process(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
             0,
         )
     };
-    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if outcome < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -352,10 +385,19 @@ mod tests {
         let null = File::open("/dev/null").unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let script = "ls /proc/self/fd | tr '\\n' ' ' >&3; echo \"$GREETING ${HOME-none}\" >&3";
-        let spawn = Spawn::new("/bin/sh", &["sh", "-c", script], &["GREETING=hello".to_owned()]);
+        let spawn = Spawn::new(
+            "/bin/sh",
+            &["sh", "-c", script],
+            &["GREETING=hello".to_owned()],
+        );
         let spawned = spawn
             .unwrap()
-            .descriptors(vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()])
+            .descriptors(vec![
+                null.as_fd(),
+                null.as_fd(),
+                null.as_fd(),
+                theirs.as_fd(),
+            ])
             .new_session()
             .start()
             .unwrap();
@@ -369,7 +411,10 @@ mod tests {
 
     #[test]
     fn a_failed_start_is_an_error() {
-        let error = Spawn::new("/nonexistent", &["x"], &[]).unwrap().start().unwrap_err();
+        let error = Spawn::new("/nonexistent", &["x"], &[])
+            .unwrap()
+            .start()
+            .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
     }
 
@@ -403,8 +448,14 @@ mod tests {
         let other = std::thread::spawn(move || theirs.read(&mut [0]).unwrap());
         let error = fork_single_threaded().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
-        assert_eq!(fork_from_init().unwrap_err().kind(), io::ErrorKind::Unsupported);
-        assert_eq!(signal_everybody_else(0).unwrap_err().kind(), io::ErrorKind::Unsupported);
+        assert_eq!(
+            fork_from_init().unwrap_err().kind(),
+            io::ErrorKind::Unsupported
+        );
+        assert_eq!(
+            signal_everybody_else(0).unwrap_err().kind(),
+            io::ErrorKind::Unsupported
+        );
         ours.write_all(b"x").unwrap();
         other.join().unwrap();
     }

@@ -26,7 +26,10 @@ impl Ring {
     pub fn create(slots: u32, slot_bytes: usize) -> io::Result<Ring> {
         // SAFETY: the name is a valid C string; the call has no other memory effects.
         let fd = unsafe {
-            libc::memfd_create(c"crcoord-ring".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+            libc::memfd_create(
+                c"crcoord-ring".as_ptr(),
+                libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+            )
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
@@ -51,7 +54,10 @@ impl Ring {
         let file = std::fs::File::from(memory);
         let size = file.metadata()?.len();
         if seals & libc::F_SEAL_SHRINK == 0 || size != u64::from(slots) * slot_bytes as u64 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a ring of this size"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "not a ring of this size",
+            ));
         }
         Self::map(OwnedFd::from(file), slots, slot_bytes)
     }
@@ -72,7 +78,12 @@ impl Ring {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        Ok(Ring { base, slots, slot_bytes, memory })
+        Ok(Ring {
+            base,
+            slots,
+            slot_bytes,
+            memory,
+        })
     }
 
     /// How many slots there are.
@@ -107,7 +118,10 @@ impl Ring {
     /// Address and length of a slot, for system calls that fill or read it.
     pub(crate) fn slot(&self, slot: u32, length: usize) -> io::Result<NonNull<u8>> {
         if slot >= self.slots || length > self.slot_bytes {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such place in the ring"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "no such place in the ring",
+            ));
         }
         // SAFETY: the slot is inside the mapping.
         Ok(unsafe { self.base.add(slot as usize * self.slot_bytes) })
@@ -123,7 +137,12 @@ impl AsFd for Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: unmaps exactly what `map` mapped; nothing refers to it any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.slots as usize * self.slot_bytes) };
+        unsafe {
+            libc::munmap(
+                self.base.as_ptr().cast(),
+                self.slots as usize * self.slot_bytes,
+            )
+        };
     }
 }
 
