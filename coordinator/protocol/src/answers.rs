@@ -139,7 +139,7 @@ impl Coordinator {
             | Purpose::Kill(key)
             | Purpose::Build(key)
             | Purpose::Resume(key)
-            | Purpose::CheckJob(key) => key.clone(),
+            | Purpose::Survey(key, _) => key.clone(),
             Purpose::Store => {
                 if let FromAgent::Failed(report) = answer {
                     core.warn(format!("store failed node={node} reason={report}"));
@@ -203,7 +203,7 @@ impl Coordinator {
             {
                 job.fail_restart(core, vec![report.on_node(node)]);
             }
-            (Purpose::CheckJob(_), answer) => job.survey_answered(core, &key, answer),
+            (Purpose::Survey(..), answer) => job.survey_answered(core, &key, answer),
             (purpose, _) => {
                 core.log(format!(
                     "answer without use ignored node={node} request={purpose:?}"

@@ -12,9 +12,9 @@ use crate::checkpoint::CheckpointRequest;
 use crate::coordinator::Coordinator;
 use crate::job::{Activity, Job};
 use crate::placement;
+use crate::probe::Probe;
 use crate::refusal;
 use crate::restoring::RestartRequest;
-use crate::survey::Probe;
 use crate::views;
 
 /// Most members a job may have: far above any real cluster, and a bound on what one request can
@@ -295,6 +295,7 @@ impl Job {
             Activity::Restart(_) => self.fail_restart(core, vec![asked_to("killed", by)]),
             Activity::Survey { client, .. } => {
                 let other = *client;
+                self.end_survey(core);
                 core.fail(core.outbox.last(), other, vec![asked_to("killed", by)]);
             }
             Activity::Idle => {}

@@ -9,9 +9,9 @@ use crate::action::{Action, ClientId, Input};
 use crate::core::Core;
 use crate::job::Job;
 use crate::placement::Living;
+use crate::probe::Probe;
 use crate::record::Record;
 use crate::settings::Settings;
-use crate::survey::Probe;
 use crate::time::Millis;
 
 /// The coordinator's state. Equal states behave equally.

@@ -66,6 +66,7 @@ pub(crate) enum Activity {
     },
     Survey {
         client: Option<ClientId>,
+        epoch: Epoch,
         found: BTreeMap<MemberId, Option<Preflight>>,
         deadline: Millis,
     },

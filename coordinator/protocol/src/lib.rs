@@ -25,6 +25,7 @@ mod leadership;
 mod nodes;
 mod outbox;
 mod placement;
+mod probe;
 mod record;
 mod refusal;
 mod replay;

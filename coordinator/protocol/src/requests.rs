@@ -23,7 +23,7 @@ pub(crate) enum Purpose {
     /// Commit or Retire: nothing depends on the answer.
     Store,
     /// Preflight for a question, not for an epoch.
-    CheckJob(MemberKey),
+    Survey(MemberKey, Epoch),
     /// Probe of a node.
     Check(ClientId),
 }
@@ -99,9 +99,9 @@ impl Requests {
     /// Forgets the orders of an epoch that is decided.
     pub(crate) fn close_epoch(&mut self, job: &crcoord_common::ids::JobKey, closed: Epoch) {
         self.open.retain(|_, request| match &request.purpose {
-            Purpose::Epoch(key, epoch) | Purpose::Renew(key, epoch) => {
-                key.job != *job || *epoch != closed
-            }
+            Purpose::Epoch(key, epoch)
+            | Purpose::Renew(key, epoch)
+            | Purpose::Survey(key, epoch) => key.job != *job || *epoch != closed,
             _ => true,
         });
     }

@@ -122,6 +122,7 @@ impl Job {
         match &self.activity {
             Activity::Checkpoint(open) => open.machine.epoch == epoch,
             Activity::Committing { epoch: open, .. } => open.record.epoch == epoch,
+            Activity::Survey { epoch: open, .. } => *open == epoch,
             _ => false,
         }
     }

@@ -1,85 +1,21 @@
-//! Questions that change nothing: probing nodes, the preflight of a running job.
+//! The question whether a running job could be checkpointed: a preflight without a hold.
+//!
+//! It takes an epoch's number, which is aborted at once, so that agents can tell its messages from
+//! those of every other epoch.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use crcoord_common::ids::{Epoch, MemberId, MemberKey, NodeName};
-use crcoord_common::report::Report;
+use crcoord_common::ids::{MemberId, MemberKey, NodeName};
+use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::client::Event;
 use crcoord_common::wire::control::{FromAgent, Preflight, ToAgent};
 
 use crate::action::ClientId;
 use crate::core::Core;
-use crate::job::{Activity, Job};
+use crate::job::{Activity, CleanUp, Job};
+use crate::record::Record;
 use crate::refusal;
 use crate::requests::Purpose;
-use crate::time::Millis;
-
-/// How long a node may take to probe itself, in milliseconds.
-const PROBE_MS: u64 = 10_000;
-
-/// The epoch of a preflight that prepares none.
-pub(crate) const NO_EPOCH: Epoch = Epoch(0);
-
-/// A probe of several nodes for one command.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Probe {
-    waiting: BTreeSet<NodeName>,
-    findings: Vec<Report>,
-    pub(crate) deadline: Millis,
-}
-
-impl Probe {
-    /// Asks the nodes; those that are not connected are findings at once.
-    pub(crate) fn open(core: &mut Core, client: ClientId, nodes: BTreeSet<NodeName>) -> Self {
-        let mut probe = Probe {
-            waiting: BTreeSet::new(),
-            findings: Vec::new(),
-            deadline: core.now.after(PROBE_MS),
-        };
-        for node in nodes {
-            let last = core.outbox.last();
-            if core.order(last, &node, Some(Purpose::Check(client)), ToAgent::Check) {
-                probe.waiting.insert(node);
-            } else {
-                probe.findings.push(refusal::not_connected(&node));
-            }
-        }
-        probe
-    }
-
-    /// A node answered, or is lost.
-    pub(crate) fn answered(&mut self, node: &NodeName, answer: FromAgent) {
-        if !self.waiting.remove(node) {
-            return;
-        }
-        match answer {
-            FromAgent::Checked { findings } => {
-                self.findings
-                    .extend(findings.into_iter().map(|one| one.on_node(node)));
-            }
-            FromAgent::Failed(report) => self.findings.push(report.on_node(node)),
-            _ => self.findings.push(refusal::agent_lost(node)),
-        }
-    }
-
-    /// A node is lost.
-    pub(crate) fn lost(&mut self, node: &NodeName) {
-        if self.waiting.remove(node) {
-            self.findings.push(refusal::agent_lost(node));
-        }
-    }
-
-    /// The findings, when all have answered or the deadline has passed.
-    pub(crate) fn finished(&mut self, now: Millis) -> Option<Vec<Report>> {
-        if now >= self.deadline {
-            let silent = std::mem::take(&mut self.waiting);
-            self.findings.extend(silent.iter().map(refusal::agent_lost));
-        }
-        self.waiting
-            .is_empty()
-            .then(|| std::mem::take(&mut self.findings))
-    }
-}
 
 impl Job {
     /// Has every member preflighted, job running.
@@ -91,22 +27,30 @@ impl Job {
         if !refused.is_empty() {
             return core.fail(core.outbox.last(), Some(client), refused);
         }
+        let epoch = self.last_epoch.next();
+        self.last_epoch = epoch;
+        let intent = core.persist(Record::Intent {
+            job: self.key.clone(),
+            incarnation: self.incarnation,
+            epoch,
+            term: core.leadership.term(),
+        });
         let mut found = BTreeMap::new();
-        for at in self.placements.clone() {
+        for at in &self.placements {
             let key = self.member_key(self.incarnation, at.member);
-            let purpose = Some(Purpose::CheckJob(key.clone()));
+            let purpose = Some(Purpose::Survey(key.clone(), epoch));
             let options = self.capture_options(false);
-            let epoch = NO_EPOCH;
             let order = ToAgent::Preflight {
                 key,
                 epoch,
                 options,
             };
-            core.order(core.outbox.last(), &at.node, purpose, order);
+            core.order(intent, &at.node, purpose, order);
             found.insert(at.member, None);
         }
         self.activity = Activity::Survey {
             client: Some(client),
+            epoch,
             found,
             deadline: core.now.after(core.settings.answer_ms),
         };
@@ -114,53 +58,31 @@ impl Job {
 
     /// A member was preflighted, or that failed.
     pub(crate) fn survey_answered(&mut self, core: &mut Core, key: &MemberKey, answer: FromAgent) {
-        let Some(node) = self.node_of(key.member).cloned() else {
-            return;
-        };
         let preflight = match answer {
-            FromAgent::Preflighted(mut preflight) => {
-                let findings = std::mem::take(&mut preflight.findings);
-                preflight.findings = findings.into_iter().map(|one| one.on_node(&node)).collect();
-                preflight
-            }
-            FromAgent::Failed(report) => Preflight {
-                findings: vec![report.on_node(&node)],
-                ..Preflight::default()
-            },
+            FromAgent::Preflighted(preflight) => preflight,
+            FromAgent::Failed(report) => only(report),
             _ => return,
         };
-        // What the agent keeps ready for a capture is not needed.
-        let (key, epoch) = (key.clone(), NO_EPOCH);
-        let member = key.member;
-        core.order(
-            core.outbox.last(),
-            &node,
-            None,
-            ToAgent::Abort { key, epoch },
-        );
         if let Activity::Survey { found, .. } = &mut self.activity {
-            found.insert(member, Some(preflight));
+            found.insert(key.member, Some(preflight));
         }
         self.finish_survey(core, false);
     }
 
-    /// An agent is lost, or a deadline has passed.
+    /// An agent is lost.
     pub(crate) fn survey_lost(&mut self, core: &mut Core, node: &NodeName) {
-        let lost = refusal::agent_lost(node);
-        let members: BTreeSet<MemberId> = self
+        let here = |at: &&crcoord_common::wire::member::Placement| at.node == *node;
+        let lost: Vec<MemberId> = self
             .placements
             .iter()
-            .filter(|at| at.node == *node)
+            .filter(here)
             .map(|at| at.member)
             .collect();
         if let Activity::Survey { found, .. } = &mut self.activity {
-            for (member, preflight) in found {
-                if members.contains(member) && preflight.is_none() {
-                    *preflight = Some(Preflight {
-                        findings: vec![lost.clone()],
-                        ..Preflight::default()
-                    });
-                }
+            for member in lost {
+                found.entry(member).and_modify(|preflight| {
+                    preflight.get_or_insert_with(|| only(refusal::agent_lost(node)));
+                });
             }
         }
         self.finish_survey(core, false);
@@ -172,6 +94,7 @@ impl Job {
             client,
             found,
             deadline,
+            ..
         } = &self.activity
         else {
             return;
@@ -181,21 +104,60 @@ impl Job {
             return;
         }
         let client = *client;
-        let answer = found
-            .iter()
-            .map(|(member, preflight)| {
-                let silent = || {
-                    let node = self.node_of(*member);
-                    Preflight {
-                        findings: node.map(refusal::agent_lost).into_iter().collect(),
-                        ..Preflight::default()
-                    }
-                };
-                (*member, preflight.clone().unwrap_or_else(silent))
-            })
-            .collect();
-        self.activity = Activity::Idle;
-        core.tell(client, Event::Preflights(answer), true);
+        let answer = found.iter().map(|(member, preflight)| {
+            let preflight = preflight.clone().unwrap_or_else(|| only(silent(*member)));
+            (*member, self.on_its_node(*member, preflight))
+        });
+        let event = Event::Preflights(answer.collect());
+        self.end_survey(core);
+        core.tell(client, event, true);
         self.tell_if_over(core);
     }
+
+    /// Gives the epoch's number up; what the agents keep ready for a capture is not needed.
+    pub(crate) fn end_survey(&mut self, core: &mut Core) {
+        let Activity::Survey { epoch, .. } = &self.activity else {
+            return;
+        };
+        let epoch = *epoch;
+        self.activity = Activity::Idle;
+        let sequence = core.persist(Record::Abort {
+            job: self.key.clone(),
+            epoch,
+            reasons: vec![Report::new(
+                "epoch-survey",
+                Class::Note,
+                "it was only asked for",
+            )],
+        });
+        core.close_epoch(&self.key, epoch);
+        for at in self.placements.clone() {
+            let key = self.member_key(self.incarnation, at.member);
+            let node = at.node;
+            let clean_up = CleanUp { node, key, epoch };
+            clean_up.order(core, sequence);
+            self.clean_ups.insert(clean_up);
+        }
+    }
+
+    fn on_its_node(&self, member: MemberId, mut preflight: Preflight) -> Preflight {
+        if let Some(node) = self.node_of(member) {
+            let findings = std::mem::take(&mut preflight.findings);
+            preflight.findings = findings.into_iter().map(|one| one.on_node(node)).collect();
+        }
+        preflight
+    }
+}
+
+fn only(finding: Report) -> Preflight {
+    Preflight {
+        findings: vec![finding],
+        ..Preflight::default()
+    }
+}
+
+fn silent(member: MemberId) -> Report {
+    let text = format!("member {member} did not answer the preflight in time");
+    Report::new("epoch-deadline", Class::TimedOut, text)
+        .remedy("look into the agent's log on its node")
 }
