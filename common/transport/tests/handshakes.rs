@@ -14,7 +14,7 @@ use crcoord_transport::{
 use quinn::crypto::rustls::QuicClientConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use support::{Cluster, Pair, loopback};
+use support::{Cluster, Pair, loopback, meet};
 
 #[tokio::test]
 async fn both_sides_learn_who_the_other_is() {
@@ -34,10 +34,8 @@ async fn an_operator_is_let_in_but_cannot_serve() {
     let operator = cluster.endpoint(Role::Operator, "ada");
     let node = cluster.endpoint(Role::Node, "n1");
     let expected = cluster.peer(Role::Node, "n1");
-    let address = node.local_address().unwrap();
-    let (called, accepted) = tokio::join!(operator.connect(address, &expected), node.accept());
-    called.unwrap();
-    assert_eq!(accepted.unwrap().peer().role(), Role::Operator);
+    let (_called, accepted) = meet(&operator, &node, &expected).await;
+    assert_eq!(accepted.peer().role(), Role::Operator);
 
     let address = operator.local_address().unwrap();
     let expected = cluster.peer(Role::Operator, "ada");
@@ -151,9 +149,8 @@ async fn a_peer_of_another_cluster_is_refused_by_the_server_even_if_its_authorit
 
     // A peer of the right cluster gets in with the same two authorities.
     let node = bind(&alpha, Role::Node, "n1");
-    let (called, accepted) = tokio::join!(node.connect(address, &expected), server.accept());
-    called.unwrap();
-    assert_eq!(accepted.unwrap().peer().cluster(), "alpha");
+    let (_called, accepted) = meet(&node, &server, &expected).await;
+    assert_eq!(accepted.peer().cluster(), "alpha");
 }
 
 #[tokio::test]
@@ -171,8 +168,7 @@ async fn an_expired_certificate_ends_no_connection_but_begins_none() {
     let node = cluster.endpoint(Role::Node, "n1");
     let expected = cluster.peer(Role::Coordinator, "c1");
     let address = server.local_address().unwrap();
-    let (called, accepted) = tokio::join!(node.connect(address, &expected), server.accept());
-    let (called, accepted) = (called.unwrap(), accepted.unwrap());
+    let (called, accepted) = meet(&node, &server, &expected).await;
 
     // X.509 counts whole seconds and the last one is still valid.
     let over = issued.expires + Duration::from_secs(1);
@@ -261,9 +257,8 @@ async fn half_open_connections_do_not_keep_peers_out() {
     }
     let node = cluster.endpoint(Role::Node, "n1");
     let expected = cluster.peer(Role::Coordinator, "c1");
-    let (called, accepted) = tokio::join!(node.connect(address, &expected), server.accept());
-    called.unwrap();
-    assert_eq!(accepted.unwrap().peer().name(), "n1");
+    let (_called, accepted) = meet(&node, &server, &expected).await;
+    assert_eq!(accepted.peer().name(), "n1");
     assert!(
         server.open_connections() <= 1 + 4,
         "{}",
@@ -288,7 +283,7 @@ async fn more_connections_than_allowed_are_refused_by_name() {
         cluster.endpoint(Role::Node, "n1"),
         cluster.endpoint(Role::Node, "n2"),
     );
-    let (_first, _accepted) = tokio::join!(n1.connect(address, &expected), server.accept());
+    let (_first, _accepted) = meet(&n1, &server, &expected).await;
     let error = n2.connect(address, &expected).await.unwrap_err();
     assert!(
         matches!(&error, ConnectError::Refused { reason, .. } if reason.contains("too many")),
@@ -305,21 +300,14 @@ async fn a_renewed_certificate_is_used_without_a_restart() {
     );
     let address = server.local_address().unwrap();
     let old = cluster.peer(Role::Coordinator, "c1");
-    let (first, accepted) = tokio::join!(node.connect(address, &old), server.accept());
+    let (first, accepted) = meet(&node, &server, &old).await;
     server
         .replace_identity(cluster.identity(Role::Coordinator, "c2"))
         .unwrap();
     let new = cluster.peer(Role::Coordinator, "c2");
-    let (second, _) = tokio::join!(node.connect(address, &new), server.accept());
-    second.unwrap();
+    meet(&node, &server, &new).await;
     assert!(node.connect(address, &old).await.is_err());
-    assert_eq!(
-        (
-            first.unwrap().lost_reason(),
-            accepted.unwrap().lost_reason()
-        ),
-        (None, None)
-    );
+    assert_eq!((first.lost_reason(), accepted.lost_reason()), (None, None));
 }
 
 #[tokio::test]

@@ -82,17 +82,27 @@ impl Pair {
         let node = cluster.endpoint_with(Role::Node, "n1", limits.clone());
         let coordinator = cluster.endpoint_with(Role::Coordinator, "c1", limits);
         let expected = cluster.peer(Role::Coordinator, "c1");
-        let address = coordinator.local_address().unwrap();
-        let (from_node, from_coordinator) =
-            tokio::join!(node.connect(address, &expected), coordinator.accept());
+        let (from_node, from_coordinator) = meet(&node, &coordinator, &expected).await;
         Pair {
             cluster,
             node,
             coordinator,
-            from_node: from_node.unwrap(),
-            from_coordinator: from_coordinator.unwrap(),
+            from_node,
+            from_coordinator,
         }
     }
+}
+
+/// Connects `client` to `server`. One after the other and not joined: admission needs no `accept`,
+/// and a refused client must fail the test instead of leaving `accept` waiting.
+pub async fn meet(
+    client: &Endpoint,
+    server: &Endpoint,
+    expected: &Peer,
+) -> (Connection, Connection) {
+    let address = server.local_address().unwrap();
+    let called = client.connect(address, expected).await.unwrap();
+    (called, server.accept().await.unwrap())
 }
 
 pub fn loopback() -> SocketAddr {
