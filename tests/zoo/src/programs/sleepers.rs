@@ -23,10 +23,15 @@ pub fn run(stage: &Stage) -> Outcome {
     signals::handle(KNOCK, nothing, 0, &Signals::of(&[])).explain("sigaction")?;
     signals::handle(SUSPENDED, nothing, 0, &Signals::of(&[])).explain("sigaction")?;
     Signals::of(&[SUSPENDED]).block();
+    let parent = std::process::id();
     let child = Child::spawn(stage, "awaited child", |gate| {
         gate.open()?;
         // Ends only after the main process has seen go and allowed waitpid to return.
         while !stage.noted("let-child-end") {
+            ensure!(
+                std::os::unix::process::parent_id() == parent,
+                "the parent is gone"
+            );
             tasks::pause_briefly();
         }
         Ok(57)

@@ -2,7 +2,7 @@
 
 use crcoord_zoo::processes::{Child, End, Gate};
 use crcoord_zoo::tasks::{self, eventually};
-use crcoord_zoo::{Outcome, Stage, ensure, ensure_equal};
+use crcoord_zoo::{Failure, Outcome, Stage, ensure, ensure_equal};
 
 pub fn run(stage: &Stage) -> Outcome {
     let me = Identity::now();
@@ -129,9 +129,11 @@ fn settle(stage: &Stage, gate: &Gate<'_>) -> Outcome {
 
 /// Waits for the signal that ends this process.
 fn await_death() -> Outcome<u8> {
-    loop {
+    let parent = Identity::now().parent;
+    while Identity::now().parent == parent {
         tasks::pause_briefly();
     }
+    Err(Failure::new("the parent is gone"))
 }
 
 /// What a process is called by.
