@@ -230,6 +230,7 @@ async fn half_open_connections_do_not_keep_peers_out() {
     let cluster = Cluster::new("alpha");
     let limits = Limits {
         max_handshakes: 4,
+        handshake: Duration::from_secs(60), // longer than a node waits: none frees up by itself
         ..Limits::default()
     };
     let server = cluster.endpoint_with(Role::Coordinator, "c1", limits);
