@@ -30,17 +30,16 @@ const PEER_LIMIT: usize = 16;
 const LEASE_OVER: i32 = 4;
 
 /// Sets the namespaces up, announces itself and serves until the end.
-pub(super) fn run(order: Order, listener: UnixListener, stream: &UnixStream) -> ! {
+pub(super) fn run(order: Order, listener: UnixListener, stream: UnixStream) -> ! {
     let init = match Init::set_up(order, listener) {
         Ok(init) => init,
         Err(error) => {
-            let _ = announce(stream, &Announcement::Failed(error.report()));
+            let _ = announce(&stream, &Announcement::Failed(error.report()));
             std::process::exit(1);
         }
     };
-    let announced = announce(stream, &Announcement::Ready);
-    // The agent sees the end of this connection; nothing of it is needed any more.
-    let _ = stream.shutdown(std::net::Shutdown::Both);
+    let announced = announce(&stream, &Announcement::Ready);
+    drop(stream); // not shut down: the launcher may still use its copy
     let outcome = match announced {
         Ok(()) => init.serve(),
         Err(error) => Err(error),

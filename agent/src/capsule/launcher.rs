@@ -58,8 +58,17 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match launch(&stream) {
-        Ok(()) => ExitCode::SUCCESS,
+    let forked = prepare(&stream).and_then(|(order, listener)| {
+        let fork = fork_single_threaded().map_err(LaunchError::step("fork of PID 1"))?;
+        Ok((fork, order, listener))
+    });
+    match forked {
+        // The stream goes along: PID 1 closes its copy once it is ready.
+        Ok((Fork::Child, order, listener)) => init::run(order, listener, stream),
+        Ok((Fork::Parent(pid), ..)) => {
+            introduce(&stream, pid);
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             // The agent is told; where it is gone there is nobody else to tell.
             let _ = announce(&stream, &Announcement::Failed(error.report()));
@@ -68,33 +77,22 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn launch(stream: &UnixStream) -> Result<(), LaunchError> {
-    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?.ok_or_else(|| {
-        LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into())
-    })?;
+fn prepare(stream: &UnixStream) -> Result<(Order, UnixListener), LaunchError> {
+    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?
+        .ok_or_else(|| LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into()))?;
     // Bound before the mount namespace is entered, so that every later agent sees it.
     let listener = bind(Path::new(&order.socket))?;
     if let Some(cgroup) = &order.cgroup {
         let path = Path::new(cgroup).join("cgroup.procs");
         fs::write(&path, "0").map_err(LaunchError::step(format!("joining {}", path.display())))?;
     }
-    let mut kinds = vec![
-        NamespaceKind::Pid,
-        NamespaceKind::Mount,
-        NamespaceKind::Uts,
-        NamespaceKind::Ipc,
-    ];
+    let mut kinds =
+        vec![NamespaceKind::Pid, NamespaceKind::Mount, NamespaceKind::Uts, NamespaceKind::Ipc];
     if order.own_network {
         kinds.push(NamespaceKind::Network);
     }
     unshare(&kinds)?;
-    match fork_single_threaded().map_err(LaunchError::step("fork of PID 1"))? {
-        Fork::Child => {
-            // PID 1 goes on when this side has ended its part.
-            init::run(order, listener, stream);
-        }
-        Fork::Parent(pid) => introduce(stream, pid),
-    }
+    Ok((order, listener))
 }
 
 fn bind(path: &Path) -> Result<UnixListener, LaunchError> {
@@ -112,7 +110,7 @@ fn bind(path: &Path) -> Result<UnixListener, LaunchError> {
 }
 
 /// Names PID 1 to the agent and stays its parent until the agent holds a pidfd.
-fn introduce(stream: &UnixStream, pid: i32) -> Result<(), LaunchError> {
+fn introduce(stream: &UnixStream, pid: i32) {
     let told = announce(stream, &Announcement::Init { pid });
     let mut byte = [0];
     let agreed = told.is_ok() && matches!((&mut &*stream).read(&mut byte), Ok(1));
@@ -123,7 +121,6 @@ fn introduce(stream: &UnixStream, pid: i32) -> Result<(), LaunchError> {
             let _ = waitpid(Some(pid), WaitOptions::empty());
         }
     }
-    Ok(())
 }
 
 pub(super) fn announce(stream: &UnixStream, what: &Announcement) -> io::Result<()> {
