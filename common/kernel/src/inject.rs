@@ -71,7 +71,7 @@ const ALL_SIGNALS: u64 = u64::MAX;
 /// What a thread was doing when its program was last in charge.
 #[derive(Clone, Debug)]
 pub struct Original {
-    /// Its registers, as at the stop.
+    /// Its registers, as at the stop; inside an rseq critical section, at its abort handler.
     pub registers: Registers,
     /// Its signal mask.
     pub mask: u64,
@@ -84,7 +84,10 @@ pub struct Original {
 impl Original {
     /// Reads it from a stopped thread. `process_pending`: pending signals of the whole process, as
     /// a mask.
-    pub fn read(thread: &Tracee, process_pending: u64) -> Result<Original> {
+    ///
+    /// A thread inside an rseq critical section goes on at its abort handler, as after any
+    /// preemption (rseq(2)): injected calls make the kernel forget the section.
+    pub fn read(thread: &Tracee, pid: i32, process_pending: u64) -> Result<Original> {
         let tid = thread.tid();
         let failed = |what| move |error| trace_error(what, tid, error);
         let mask = thread
@@ -96,8 +99,14 @@ impl Original {
         let pending = own
             .iter()
             .fold(process_pending, |all, info| all | signal_bit(info));
+        let mut registers = thread.registers().map_err(failed("reading registers"))?;
+        let rseq = thread.rseq().map_err(failed("reading rseq"))?;
+        if rseq.address != 0 {
+            leave_critical_section(pid, rseq.address, &mut registers)
+                .map_err(failed("reading rseq"))?;
+        }
         Ok(Original {
-            registers: thread.registers().map_err(failed("reading registers"))?,
+            registers,
             mask,
             extended: thread
                 .extended_state()
@@ -105,6 +114,25 @@ impl Original {
             signal_pending: pending & !mask != 0,
         })
     }
+}
+
+fn leave_critical_section(pid: i32, rseq: u64, registers: &mut Registers) -> io::Result<()> {
+    // struct rseq and struct rseq_cs, linux/rseq.h
+    const CRITICAL_SECTION: u64 = 8;
+    const START: u64 = 8;
+    let section = memory::read_word(pid, rseq + CRITICAL_SECTION)?;
+    if section == 0 {
+        return Ok(());
+    }
+    let mut words = [0; 3];
+    for (at, word) in (0u64..).zip(&mut words) {
+        *word = memory::read_word(pid, section + START + 8 * at)?;
+    }
+    let [start, length, abort] = words;
+    if registers.instruction().wrapping_sub(start) < length {
+        registers.set_instruction(abort);
+    }
+    Ok(())
 }
 
 /// The mask bit of the signal that a `siginfo_t` tells of.

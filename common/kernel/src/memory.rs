@@ -37,6 +37,22 @@ pub fn read_into_ring(pid: i32, pieces: &[Piece], ring: &Ring, slot: u32) -> io:
     unsafe { transfer(libc::SYS_process_vm_readv, pid, pieces, to.as_ptr(), total) }
 }
 
+/// As [`read_pieces`], also from pages that the process itself may not read: those of a tracee are
+/// read by /proc/PID/mem.
+pub fn read_pieces_forced(pid: i32, pieces: &[Piece], buffer: &mut [u8]) -> io::Result<()> {
+    match read_pieces(pid, pieces, buffer) {
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {}
+        other => return other,
+    }
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem"))?;
+    let mut position = 0;
+    for (address, length) in pieces {
+        memory.read_exact_at(&mut buffer[position..position + length], *address)?;
+        position += length;
+    }
+    Ok(())
+}
+
 /// Reads from another process.
 pub fn read(pid: i32, address: u64, buffer: &mut [u8]) -> io::Result<()> {
     read_pieces(pid, &[(address, buffer.len())], buffer)

@@ -17,6 +17,7 @@ numbers! {
     SYS_CLOSE_RANGE = SYS_close_range;
     SYS_DUP3 = SYS_dup3;
     SYS_EPOLL_CTL = SYS_epoll_ctl;
+    SYS_EPOLL_WAIT = SYS_epoll_wait;
     SYS_EXIT = SYS_exit;
     SYS_EXIT_GROUP = SYS_exit_group;
     SYS_FCHDIR = SYS_fchdir;
@@ -29,6 +30,7 @@ numbers! {
     SYS_MPROTECT = SYS_mprotect;
     SYS_MREMAP = SYS_mremap;
     SYS_MUNMAP = SYS_munmap;
+    SYS_PERSONALITY = SYS_personality;
     SYS_PRCTL = SYS_prctl;
     SYS_PRLIMIT64 = SYS_prlimit64;
     SYS_RSEQ = SYS_rseq;
@@ -74,7 +76,7 @@ pub mod flag {
         PR_SET_NO_NEW_PRIVS PR_GET_TID_ADDRESS PR_SET_MM PR_SET_MM_MAP
         PR_GET_CHILD_SUBREAPER PR_SET_CHILD_SUBREAPER PR_GET_KEEPCAPS PR_SET_KEEPCAPS
         PR_GET_TIMERSLACK PR_SET_TIMERSLACK PR_GET_SECUREBITS
-        EPOLL_CTL_ADD
+        EPOLL_CTL_ADD EPOLL_CTL_MOD
         SIGKILL SIGSTOP SIGTRAP SIGCHLD
         RLIMIT_NOFILE
     }

@@ -10,6 +10,7 @@ use crate::sys;
 
 /// Bytes of the area, mapped at the same address in the builder and all its stubs.
 pub const AREA_BYTES: u64 = 256 << 10;
+const FLAGS_CODE: u64 = 256;
 const CALLS: u64 = 4 << 10;
 const CALLS_BYTES: usize = 64 << 10;
 const SCRATCH: u64 = 128 << 10;
@@ -108,6 +109,11 @@ impl Area {
                 arch::BATCH.as_ptr(),
                 mapped.cast::<u8>(),
                 arch::BATCH.len(),
+            );
+            std::ptr::copy_nonoverlapping(
+                arch::SET_FLAGS.as_ptr(),
+                mapped.cast::<u8>().add(FLAGS_CODE as usize),
+                arch::SET_FLAGS.len(),
             );
             libc::mprotect(
                 mapped,
@@ -375,6 +381,23 @@ impl Stub {
                 }
             }
         }
+    }
+
+    /// Sets flags that PTRACE_SETREGS leaves alone, where `registers` have any.
+    pub fn set_untraced_flags(&self, registers: &arch::Registers) -> Result<()> {
+        let Some(flags) = registers.untraced_flags() else {
+            return Ok(());
+        };
+        let stack = self.put(0, &flags.to_ne_bytes())?;
+        let mut run = self
+            .tracee
+            .registers()
+            .map_err(failed("reading a stub's registers"))?;
+        run.set_flags_run(self.area + FLAGS_CODE, stack);
+        self.tracee
+            .set_registers(&run)
+            .map_err(failed("setting up flags"))?;
+        self.until_trap(None)
     }
 
     /// Runs one call from the `syscall` instruction at `instruction`, which need not be ours: how

@@ -180,7 +180,7 @@ impl Streaming {
         for source in self.sources.drain(..) {
             let pid = source.pid;
             let mut read = |pieces: &[memory::Piece], buffer: &mut [u8]| {
-                memory::read_pieces(pid, pieces, buffer)
+                memory::read_pieces_forced(pid, pieces, buffer)
             };
             *bytes.entry(source.object).or_default() +=
                 stream(source.object, &source.ranges, &mut read, sink)?;

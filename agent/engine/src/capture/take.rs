@@ -222,7 +222,7 @@ impl Taking<'_> {
         let originals = process
             .threads
             .iter()
-            .map(|thread| Original::read(thread, waiting))
+            .map(|thread| Original::read(thread, pid, waiting))
             .collect::<std::result::Result<Vec<_>, _>>()?;
         if let Ok(stat) = Stat::read(pid) {
             // Calls are much faster on the tracee's CPU; a CPU we may not use is no reason to fail.
@@ -305,8 +305,9 @@ impl Taking<'_> {
     }
 
     fn copy(&mut self, pid: i32, object: ObjectId, ranges: &[PageRange]) -> Result<()> {
-        let mut read =
-            |pieces: &[memory::Piece], buffer: &mut [u8]| memory::read_pieces(pid, pieces, buffer);
+        let mut read = |pieces: &[memory::Piece], buffer: &mut [u8]| {
+            memory::read_pieces_forced(pid, pieces, buffer)
+        };
         stream(object, ranges, &mut read, &mut self.copied)?;
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use crcoord_common::ids::ObjectId;
 use crcoord_common::image::{ImageRecord, ObjectKind, Record};
 use crcoord_common::report::Report;
-use crcoord_kernel::number::{SYS_EPOLL_CTL, flag};
+use crcoord_kernel::number::{SYS_EPOLL_CTL, SYS_EPOLL_WAIT, flag};
 use crcoord_kernel::objects;
 use crcoord_kernel::stub::{Call, Stub};
 use serde::{Deserialize, Serialize};
@@ -117,15 +117,36 @@ fn finish(
     stubs: &BTreeMap<i32, Stub>,
     records: &[&Record],
 ) -> Result<()> {
-    /// Bytes of `struct epoll_event` on x86-64, where it is packed.
-    const EVENT: u64 = 12;
     for record in records {
         let image: EpollImage = record.decode()?;
-        let (pid, epoll) = image.holder;
+        let pid = image.holder.0;
         let stub = stubs
             .get(&pid)
             .ok_or_else(|| bad_image(format!("epoll of process {pid}, which does not exist")))?;
-        for watches in image.watches.chunks(1024) {
+        let (spent, live): (Vec<Watch>, Vec<Watch>) =
+            image.watches.iter().partition(|watch| watch.is_spent());
+        image.spend(stub, &spent)?;
+        image.add(stub, &live)?;
+    }
+    Ok(())
+}
+
+/// Bytes of `struct epoll_event` on x86-64, where it is packed.
+const EVENT: u64 = 12;
+/// EPOLLEXCLUSIVE, EPOLLWAKEUP, EPOLLONESHOT, EPOLLET: not events.
+const MODES: u32 = 0xf000_0000;
+const ONE_SHOT: u32 = 1 << 30;
+
+impl Watch {
+    /// True for a one-shot watch that has fired and was not armed again.
+    fn is_spent(&self) -> bool {
+        self.events & ONE_SHOT != 0 && self.events & !MODES == 0
+    }
+}
+
+impl EpollImage {
+    fn add(&self, stub: &Stub, watches: &[Watch]) -> Result<()> {
+        for watches in watches.chunks(1024) {
             let mut events = Vec::new();
             for watch in watches {
                 events.extend_from_slice(&watch.events.to_ne_bytes());
@@ -136,12 +157,38 @@ fn finish(
                 .zip(watches)
                 .map(|(index, watch)| {
                     let event = address + index * EVENT;
-                    let (epoll, fd) = (epoll as u64, watch.fd as u64);
+                    let (epoll, fd) = (self.holder.1 as u64, watch.fd as u64);
                     Call::new(SYS_EPOLL_CTL, [epoll, flag::EPOLL_CTL_ADD, fd, event])
                 })
                 .collect();
             stub.run_all(&calls)?;
         }
+        Ok(())
     }
-    Ok(())
+
+    /// The kernel makes a spent watch only by letting it fire: each is added alone, armed for
+    /// anything, and its event is taken. One that is not ready for anything stays armed for errors.
+    fn spend(&self, stub: &Stub, watches: &[Watch]) -> Result<()> {
+        const IN_PRI_OUT: u32 = 1 | 2 | 4;
+        for watch in watches {
+            let armed = Watch {
+                events: watch.events | IN_PRI_OUT,
+                ..*watch
+            };
+            self.add(stub, &[armed])?;
+            let taken = stub.scratch() + 64;
+            let wait = Call::new(SYS_EPOLL_WAIT, [self.holder.1 as u64, taken, 1, 0]);
+            if stub.run_all(&[wait])?[0] == 0 {
+                stub.put(0, &watch.events.to_ne_bytes())?;
+                stub.put(4, &watch.data.to_ne_bytes())?;
+                let (epoll, fd) = (self.holder.1 as u64, watch.fd as u64);
+                let event = stub.scratch();
+                stub.run_all(&[Call::new(
+                    SYS_EPOLL_CTL,
+                    [epoll, flag::EPOLL_CTL_MOD, fd, event],
+                )])?;
+            }
+        }
+        Ok(())
+    }
 }

@@ -8,7 +8,7 @@ use crcoord_common::image::ImageRecord;
 use crcoord_common::report::Report;
 use crcoord_kernel::inject::Injection;
 use crcoord_kernel::number::{
-    SYS_FCHDIR, SYS_PRCTL, SYS_PRLIMIT64, SYS_SETPRIORITY, SYS_UMASK, flag,
+    SYS_FCHDIR, SYS_PERSONALITY, SYS_PRCTL, SYS_PRLIMIT64, SYS_SETPRIORITY, SYS_UMASK, flag,
 };
 use crcoord_kernel::proc::{self, Stat, Status};
 use crcoord_kernel::stub::{Call, Stub};
@@ -50,6 +50,8 @@ pub struct ProcessImage {
     pub subreaper: bool,
     /// Timer slack in nanoseconds.
     pub timer_slack: u64,
+    /// Execution domain and its flags (personality(2)).
+    pub personality: u32,
 }
 
 impl ImageRecord for ProcessImage {
@@ -203,6 +205,7 @@ impl ProcessImage {
             parent_death_signal: 0,
             subreaper: false,
             timer_slack: 0,
+            personality: 0,
         }
     }
 
@@ -228,6 +231,10 @@ impl ProcessImage {
             .map_err(failed)?
             .trim()
             .to_owned();
+        let personality =
+            std::fs::read_to_string(format!("/proc/{pid}/personality")).map_err(failed)?;
+        image.personality = u32::from_str_radix(personality.trim(), 16)
+            .map_err(|error| failed(std::io::Error::other(error)))?;
         let scratch = injection.scratch();
         let mut word = [0; 4];
         image.dumpable = injection.call(SYS_PRCTL, [flag::PR_GET_DUMPABLE, 0, 0, 0, 0, 0])? as u64;
@@ -263,6 +270,7 @@ impl ProcessImage {
         let mut calls = vec![
             Call::new(SYS_FCHDIR, [directory.as_raw_fd() as u64]),
             Call::new(SYS_UMASK, [u64::from(self.umask)]),
+            Call::new(SYS_PERSONALITY, [u64::from(self.personality)]),
             Call::new(
                 SYS_PRCTL,
                 [flag::PR_SET_TIMERSLACK, self.timer_slack, 0, 0, 0],

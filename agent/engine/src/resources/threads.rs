@@ -4,7 +4,6 @@ use crcoord_common::image::ImageRecord;
 use crcoord_common::report::Report;
 use crcoord_kernel::arch::Registers;
 use crcoord_kernel::inject::{Injection, Original, ThreadCalls};
-use crcoord_kernel::memory;
 use crcoord_kernel::number::{
     SYS_PRCTL, SYS_RSEQ, SYS_RT_TGSIGQUEUEINFO, SYS_SCHED_SETSCHEDULER, SYS_SET_ROBUST_LIST,
     SYS_SET_TID_ADDRESS, SYS_SIGALTSTACK, flag,
@@ -140,10 +139,7 @@ impl ThreadImage {
         let status = Status::read_thread(pid, tid).map_err(failed("reading a thread's status"))?;
         let stat = Stat::read_thread(pid, tid).map_err(failed("reading a thread's stat"))?;
         let rseq = thread.rseq().map_err(failed("reading rseq"))?;
-        let mut registers = original.registers.restarted(original.signal_pending);
-        if rseq.address != 0 {
-            leave_critical_section(pid, rseq.address, &mut registers)?;
-        }
+        let registers = original.registers.restarted(original.signal_pending);
         let pending = thread
             .pending_signals(false)
             .map_err(failed("reading pending signals"))?;
@@ -242,24 +238,4 @@ fn terminated(name: &str) -> Vec<u8> {
     let mut bytes: Vec<u8> = name.bytes().take(15).collect();
     bytes.resize(16, 0);
     bytes
-}
-
-/// A thread that was stopped inside an rseq critical section goes on at its abort handler, as after
-/// any preemption (rseq(2); the kernel would not notice on the thread's behalf at restart).
-fn leave_critical_section(pid: i32, rseq: u64, registers: &mut Registers) -> Result<()> {
-    const CRITICAL_SECTION: u64 = 8;
-    let failed = |error: std::io::Error| failure("reading rseq", &error).pid(pid);
-    let section = memory::read_word(pid, rseq + CRITICAL_SECTION).map_err(failed)?;
-    if section == 0 {
-        return Ok(());
-    }
-    let mut words = [0; 3];
-    for (at, word) in (0u64..).zip(&mut words) {
-        *word = memory::read_word(pid, section + 8 + 8 * at).map_err(failed)?;
-    }
-    let [start, length, abort] = words;
-    if registers.instruction().wrapping_sub(start) < length {
-        registers.set_instruction(abort);
-    }
-    Ok(())
 }

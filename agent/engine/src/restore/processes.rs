@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use crcoord_common::wire::engine::RestoreTarget;
-use crcoord_kernel::number::{SYS_EXIT_GROUP, SYS_KILL, SYS_SETPGID, SYS_SETSID};
+use crcoord_kernel::number::{SYS_EXIT_GROUP, SYS_KILL, SYS_SETNS, SYS_SETPGID, SYS_SETSID};
 use crcoord_kernel::stub::{Area, Call, Stub, StubError};
 
 use super::address_space::lock_memory;
@@ -47,11 +47,12 @@ fn make_roots(
     if let Some(capsule) = capsule {
         for namespace in &capsule.namespaces {
             let fd = namespace.as_fd().as_raw_fd() as u64;
-            helper.call(crcoord_kernel::number::SYS_SETNS, [fd, 0])?;
+            helper.call(SYS_SETNS, [fd, 0])?;
         }
+        // Away from the agent's session and terminal. Without a capsule the caller's session takes
+        // the place of the one outside the tree.
+        helper.call::<0>(SYS_SETSID, [])?;
     }
-    // Away from the engine's session and terminal.
-    helper.call::<0>(SYS_SETSID, [])?;
     if let Some(cgroup) = &target.cgroup {
         std::fs::write(format!("{cgroup}/cgroup.procs"), helper.tid().to_string())
             .map_err(|error| failure("entering the cgroup", &error).path(cgroup.clone()))?;
@@ -227,6 +228,10 @@ pub fn finish(image: &Image, pid: i32, stubs: &mut Stubs, target: &RestoreTarget
     }
     main_image.credentials.restore(main)?;
     process.restore_late(main)?;
+    main.set_untraced_flags(&main_image.decoded_registers()?)?;
+    for (thread, stub) in &made {
+        stub.set_untraced_flags(&thread.decoded_registers()?)?;
+    }
     for (thread, stub) in made {
         stubs.threads.insert((pid, thread.tid), stub);
     }

@@ -135,6 +135,16 @@ impl Registers {
         r.eflags = 0x202;
     }
 
+    /// The flags that PTRACE_SETREGS leaves alone, where these registers have any.
+    pub fn untraced_flags(&self) -> Option<u64> {
+        (self.0.eflags & UNTRACED_FLAGS != 0).then_some(0x202 | UNTRACED_FLAGS)
+    }
+
+    /// Prepares a run of [`SET_FLAGS`] with the flags at `stack`.
+    pub fn set_flags_run(&mut self, gadget: u64, stack: u64) {
+        (self.0.rip, self.0.rsp, self.0.orig_rax) = (gadget, stack, u64::MAX);
+    }
+
     /// The registers as bytes, as `PTRACE_SETREGS` takes them.
     pub fn to_bytes(&self) -> Vec<u8> {
         field::fields(&self.0)
@@ -236,6 +246,12 @@ pub const BATCH: [u8; 44] = [
     0xcc, // int3
     0xeb, 0xfd, // jmp int3
 ];
+
+/// `popfq; int3`: sets flags that PTRACE_SETREGS does not (the ID flag of CPUID's presence).
+pub const SET_FLAGS: [u8; 2] = [0x9d, 0xcc];
+
+/// Flags that only [`SET_FLAGS`] sets: ID.
+const UNTRACED_FLAGS: u64 = 1 << 21;
 
 /// Bytes of one call in a [`BATCH`].
 pub const BATCH_CALL_BYTES: usize = 56;

@@ -12,7 +12,7 @@ pub mod vm_flags {
     pub const WRITE: u32 = 1 << 1;
     /// `ex`: executable.
     pub const EXECUTE: u32 = 1 << 2;
-    /// `sh`: shared.
+    /// `ms`: shared, also where the file was opened for reading only (then the kernel clears `sh`).
     pub const SHARED: u32 = 1 << 3;
     /// `gd`: grows down.
     pub const GROWS_DOWN: u32 = 1 << 4;
@@ -58,7 +58,7 @@ pub mod vm_flags {
             "rd" => READ,
             "wr" => WRITE,
             "ex" => EXECUTE,
-            "sh" => SHARED,
+            "ms" => SHARED,
             "gd" => GROWS_DOWN,
             "pf" => PFN,
             "io" => IO,
