@@ -170,6 +170,7 @@ async fn stop(node: &Arc<Node>) {
         }
         // A tree that waits to be resumed is nobody's yet: its engine ends it.
         drop(locked(&member.built).take());
+        member.stop_following();
     }
     futures::future::join_all(aborting).await;
     tracing::info!("stopped; jobs run on");

@@ -124,9 +124,13 @@ async fn run(member: &Arc<Member>, built: Built) -> Result<(), Report> {
 
 /// A tree that nobody resumes, as when the coordinator is lost for good, is given up.
 fn give_up_later(node: &Arc<Node>, member: &Arc<Member>) {
-    let (node, member) = (node.clone(), member.clone());
+    let (patience, node) = (node.settings.resume_patience, Arc::downgrade(node));
+    let member = Arc::downgrade(member);
     tokio::spawn(async move {
-        tokio::time::sleep(node.settings.resume_patience).await;
+        tokio::time::sleep(patience).await;
+        let (Some(node), Some(member)) = (node.upgrade(), member.upgrade()) else {
+            return;
+        };
         let _gate = node.members.gate(&member.key).await;
         let waiting = locked(&member.built).take();
         if waiting.is_some() {

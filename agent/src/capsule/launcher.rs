@@ -78,16 +78,21 @@ pub fn main() -> ExitCode {
 }
 
 fn prepare(stream: &UnixStream) -> Result<(Order, UnixListener), LaunchError> {
-    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?
-        .ok_or_else(|| LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into()))?;
+    let order: Order = frame::read(&mut &*stream, MESSAGE_LIMIT)?.ok_or_else(|| {
+        LaunchError::step("reading the order")(io::ErrorKind::UnexpectedEof.into())
+    })?;
     // Bound before the mount namespace is entered, so that every later agent sees it.
     let listener = bind(Path::new(&order.socket))?;
     if let Some(cgroup) = &order.cgroup {
         let path = Path::new(cgroup).join("cgroup.procs");
         fs::write(&path, "0").map_err(LaunchError::step(format!("joining {}", path.display())))?;
     }
-    let mut kinds =
-        vec![NamespaceKind::Pid, NamespaceKind::Mount, NamespaceKind::Uts, NamespaceKind::Ipc];
+    let mut kinds = vec![
+        NamespaceKind::Pid,
+        NamespaceKind::Mount,
+        NamespaceKind::Uts,
+        NamespaceKind::Ipc,
+    ];
     if order.own_network {
         kinds.push(NamespaceKind::Network);
     }

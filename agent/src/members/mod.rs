@@ -123,6 +123,13 @@ impl Member {
         Ok(status.streams.into_iter().map(left_out).collect())
     }
 
+    /// Nobody is told its output and end any more; its capsule keeps both.
+    pub fn stop_following(&self) {
+        if let Some(follower) = locked(&self.follower).take() {
+            follower.abort();
+        }
+    }
+
     fn record(&self) -> Option<Record> {
         let kind = match &self.body {
             Body::Capsule { capsule, spec } => Kind::Capsule {
@@ -269,10 +276,8 @@ impl Members {
 
     fn remove(&self, key: &MemberKey) {
         locked(&self.listened).remove(key);
-        if let Some(member) = locked(&self.table).remove(key)
-            && let Some(follower) = locked(&member.follower).take()
-        {
-            follower.abort();
+        if let Some(member) = locked(&self.table).remove(key) {
+            member.stop_following();
         }
     }
 }
