@@ -114,12 +114,18 @@ sections! {
         hold_lease: Duration = Duration::from_secs(10),
         /// Longest time a job may be frozen in one checkpoint, renewals included.
         hold_limit: Duration = Duration::from_secs(60),
-        /// An agent must answer within this time.
+        /// An agent must answer a small request within this time.
         answer_limit: Duration = Duration::from_secs(30),
-        /// Pages must be durable within this time after the release.
-        stream_limit: Duration = Duration::from_secs(3600),
-        /// A restart's images must be fetched and built within this time.
-        build_limit: Duration = Duration::from_secs(3600),
+        /// A capture must be answered within this time.
+        capture_limit: Duration = Duration::from_secs(60),
+        /// A member whose pages are streamed must show progress within this time.
+        stream_limit: Duration = Duration::from_secs(120),
+        /// A member that is being built must show progress within this time.
+        build_limit: Duration = Duration::from_secs(120),
+        /// Added to a run lease before it counts as run out; at least lost_after.
+        run_lease_margin: Duration = Duration::from_secs(5),
+        /// Copies of every part in the stores of other nodes: 0 or 1.
+        copies: u32 = 1,
     }
     /// The agent of a compute node.
     agent: Agent {
@@ -133,24 +139,26 @@ sections! {
         run_dir: PathBuf = "/run/crcoord".into(),
         /// Directory of the node's own store.
         store_dir: PathBuf = "/var/spool/crcoord".into(),
-        /// Directory on a shared filesystem for copies of every part; empty: partner agents.
+        /// Directory on a filesystem that all nodes share, for one more copy of every part.
         shared_dir: Option<PathBuf> = None,
         /// Bytes that a new epoch must leave free in the store.
         min_free: ByteSize = ByteSize(1 << 30),
+        /// Killed processes must have ended within this time.
+        kill_limit: Duration = Duration::from_secs(30),
+        /// A built member that is not resumed within this time is given up.
+        resume_limit: Duration = Duration::from_secs(3600),
     }
     /// Networks of jobs that run with `--network virtual`.
     network: Network {
         /// Interface that joins the nodes; empty: the one that leads to the coordinator.
         uplink: Option<String> = None,
         /// Addresses that are given to members.
-        pool: String = "10.224.0.0/11".to_owned(),
+        pool: String = "10.177.128.0/17".to_owned(),
     }
     /// Which epochs are kept.
     retention: Retention {
         /// Committed epochs kept of a living job.
         epochs: u32 = 2,
-        /// How long they are kept when a job ended otherwise than COMPLETED.
-        keep_failed: Duration = Duration::from_secs(7 * 86400),
     }
 }
 

@@ -72,7 +72,19 @@ fn named_command() -> Option<String> {
 
 /// Runs a future of a command on this thread.
 fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    tokio::runtime::Builder::new_current_thread()
+    run_on(tokio::runtime::Builder::new_current_thread(), future)
+}
+
+/// Runs a daemon's future on threads of all cores.
+fn block_on_all<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    run_on(tokio::runtime::Builder::new_multi_thread(), future)
+}
+
+fn run_on<T>(
+    mut runtime: tokio::runtime::Builder,
+    future: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    runtime
         .enable_all()
         .build()
         .map_err(|error| Failure::internal("cannot start the event loop", &error))?

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::failure::Failure;
 
 /// Tells the service manager a state such as `READY=1`; does nothing where there is none.
-pub fn notify(state: &str) {
+fn notify(state: &str) {
     if let Some(path) = std::env::var_os("NOTIFY_SOCKET")
         && let Err(error) = send(path.as_bytes(), state)
     {
@@ -27,16 +27,27 @@ fn send(path: &[u8], state: &str) -> std::io::Result<()> {
     socket.send_to_addr(state.as_bytes(), &address).map(drop)
 }
 
-/// Tells the service manager for ever that this process is alive, if it asked for that.
-pub async fn keep_alive() {
-    let Some(period) = watchdog_period() else {
-        return std::future::pending().await;
-    };
-    let mut ticks = tokio::time::interval(period / 2);
-    loop {
-        ticks.tick().await;
-        notify("WATCHDOG=1");
-    }
+/// Tells the service manager that this daemon is ready and, if it asked for that, that it is alive.
+/// The future is done when the daemon is asked to end.
+pub fn until_stopped() -> Result<impl Future<Output = ()> + Send, Failure> {
+    // Registered before anybody is told that this daemon may be stopped.
+    let mut asked = Box::pin(asked_to_stop()?);
+    notify("READY=1");
+    Ok(async move {
+        match watchdog_period() {
+            None => asked.await,
+            Some(period) => {
+                let mut ticks = tokio::time::interval(period / 2);
+                loop {
+                    tokio::select! {
+                        () = &mut asked => break,
+                        _ = ticks.tick() => notify("WATCHDOG=1"),
+                    }
+                }
+            }
+        }
+        notify("STOPPING=1");
+    })
 }
 
 fn watchdog_period() -> Option<Duration> {
@@ -46,16 +57,17 @@ fn watchdog_period() -> Option<Duration> {
     ours.then(|| Duration::from_micros(period))
 }
 
-/// Waits until this process is asked to end.
-pub async fn asked_to_stop() -> Result<(), Failure> {
+/// From now on SIGTERM and SIGINT do not end this process but the future, which waits for them.
+pub fn asked_to_stop() -> Result<impl Future<Output = ()> + Send, Failure> {
     let wait = |error| Failure::internal("cannot wait for signals", &error);
     let mut terminate = signal(SignalKind::terminate()).map_err(wait)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(wait)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }
 
 #[cfg(test)]

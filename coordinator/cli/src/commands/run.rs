@@ -103,11 +103,11 @@ impl Arguments {
 /// Forwards the job's output until it ends. SIGINT and SIGTERM end the job.
 pub async fn follow(context: &Context, job: &JobId, mut client: Client) -> Outcome {
     let mut killed = false;
+    let mut stop = Box::pin(service::asked_to_stop()?);
     loop {
         let event = tokio::select! {
             event = client.next() => event?,
-            stop = service::asked_to_stop(), if !killed => {
-                stop?;
+            () = &mut stop, if !killed => {
                 killed = true;
                 output::message(&format!("crcoord: ending job {job}"));
                 let request = Request::Kill { job: job.clone() };

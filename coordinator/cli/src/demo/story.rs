@@ -397,6 +397,7 @@ fn build(directory: &Path, display: &mut Display) -> Result<Cluster, Failure> {
         settings: vec![
             "coordinator.heartbeat = \"250ms\"".to_owned(),
             "coordinator.lost_after = \"2s\"".to_owned(),
+            "coordinator.run_lease_margin = \"2s\"".to_owned(),
         ],
         log: "info".to_owned(),
     })?;

@@ -30,6 +30,7 @@ const HIDDEN: &str = "/run";
 /// The command: starts the world and waits for it; a signal takes the world away.
 pub fn run(arguments: &StoryArguments, json: bool) -> Outcome {
     block_on(async {
+        let stop = service::asked_to_stop()?;
         let mut world = tokio::process::Command::new("/proc/self/exe")
             .args(arguments.words("world", json))
             .stdin(Stdio::piped())
@@ -40,10 +41,7 @@ pub fn run(arguments: &StoryArguments, json: bool) -> Outcome {
         let leash = world.stdin.take();
         let interrupted = tokio::select! {
             status = world.wait() => Some(status),
-            stop = service::asked_to_stop() => {
-                stop?;
-                None
-            }
+            () = stop => None,
         };
         drop(leash);
         let status = match interrupted {
