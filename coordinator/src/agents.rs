@@ -13,6 +13,7 @@ use crcoord_transport::{
     CLOSE_SHUTDOWN, Connection, ControlStream, Endpoint, Receiver, Role, Sender, Stream,
 };
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::driver::Message;
 
@@ -27,7 +28,10 @@ const WAITING_LIMIT: usize = 1 << 16;
 
 /// Connected agents, by session.
 #[derive(Debug, Default)]
-pub(crate) struct Agents(BTreeMap<SessionId, Agent>);
+pub(crate) struct Agents {
+    connected: BTreeMap<SessionId, Agent>,
+    writers: JoinSet<()>,
+}
 
 #[derive(Debug)]
 struct Agent {
@@ -39,13 +43,14 @@ impl Agents {
     /// Takes a connection; frames go out by a task of their own.
     pub(crate) fn add(&mut self, session: SessionId, connection: Connection, sender: Sender) {
         let (frames, queue) = mpsc::channel(WAITING_LIMIT);
-        tokio::spawn(write(sender, queue, connection.clone()));
-        self.0.insert(session, Agent { connection, frames });
+        while self.writers.try_join_next().is_some() {}
+        self.writers.spawn(write(sender, queue, connection.clone()));
+        self.connected.insert(session, Agent { connection, frames });
     }
 
     /// Sends a frame. A connection that does not take it is closed: its reader then tells so.
     pub(crate) fn send(&mut self, session: SessionId, frame: Frame<ToAgent>) {
-        if let Some(agent) = self.0.get(&session)
+        if let Some(agent) = self.connected.get(&session)
             && agent.frames.try_send(frame).is_err()
         {
             agent
@@ -56,14 +61,20 @@ impl Agents {
 
     /// Closes a connection.
     pub(crate) fn drop_session(&mut self, session: SessionId, reason: &str) {
-        if let Some(agent) = self.0.remove(&session) {
+        if let Some(agent) = self.connected.remove(&session) {
             agent.connection.close(CLOSE_REFUSED, reason);
         }
     }
 
+    /// Lets no more be sent and waits until all agents have what was.
+    pub(crate) async fn finish(&mut self) {
+        self.connected.clear();
+        while self.writers.join_next().await.is_some() {}
+    }
+
     /// Forgets a connection that ended.
     pub(crate) fn remove(&mut self, session: SessionId) {
-        self.0.remove(&session);
+        self.connected.remove(&session);
     }
 }
 
@@ -78,6 +89,9 @@ async fn write(
             connection.close(CLOSE_SHUTDOWN, "the control stream failed");
             return;
         }
+    }
+    if let Err(error) = sender.finish().await {
+        tracing::debug!(peer = %connection.peer(), %error, "agent not reached");
     }
 }
 

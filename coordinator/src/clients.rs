@@ -9,6 +9,7 @@ use crcoord_protocol::ClientId;
 use crcoord_transport::FrameWriter;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
 
 /// A command that reads so slowly that more than this waits for it is let go: the coordinator's
 /// memory is not the place for a job's output.
@@ -19,12 +20,16 @@ const EVENT_BYTES: usize = 1 << 10;
 
 /// All connected commands.
 #[derive(Debug, Default)]
-pub(crate) struct Clients(BTreeMap<ClientId, Client>);
+pub(crate) struct Clients {
+    connected: BTreeMap<ClientId, Client>,
+    writers: JoinSet<()>,
+}
 
 #[derive(Debug)]
 struct Client {
     events: mpsc::UnboundedSender<(Event, bool)>,
     waiting: Arc<AtomicUsize>,
+    writer: AbortHandle,
 }
 
 impl Clients {
@@ -32,13 +37,19 @@ impl Clients {
     pub(crate) fn add(&mut self, id: ClientId, writer: FrameWriter<OwnedWriteHalf>) {
         let (events, queue) = mpsc::unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
-        tokio::spawn(write(writer, queue, waiting.clone()));
-        self.0.insert(id, Client { events, waiting });
+        while self.writers.try_join_next().is_some() {}
+        let writer = self.writers.spawn(write(writer, queue, waiting.clone()));
+        let client = Client {
+            events,
+            waiting,
+            writer,
+        };
+        self.connected.insert(id, client);
     }
 
     /// Sends an event; after the last one the connection is closed.
     pub(crate) fn tell(&mut self, id: ClientId, event: Event, last: bool) {
-        let Some(client) = self.0.get(&id) else {
+        let Some(client) = self.connected.get(&id) else {
             return;
         };
         let bytes = size(&event);
@@ -46,16 +57,24 @@ impl Clients {
         let lost = client.events.send((event, last)).is_err();
         if waiting > WAITING_LIMIT {
             tracing::warn!(client = id.0, waiting, "command reads too slowly, let go");
+            // What waits for it is given back at once; the end of its stream tells it.
+            client.writer.abort();
         }
         if last || lost || waiting > WAITING_LIMIT {
-            // The task writes what it has and ends.
-            self.0.remove(&id);
+            // After the last event the task writes what it has and ends.
+            self.connected.remove(&id);
         }
+    }
+
+    /// Lets no more be told and waits until all commands have what was.
+    pub(crate) async fn finish(&mut self) {
+        self.connected.clear();
+        while self.writers.join_next().await.is_some() {}
     }
 
     /// Forgets a command that went away.
     pub(crate) fn remove(&mut self, id: ClientId) {
-        self.0.remove(&id);
+        self.connected.remove(&id);
     }
 }
 

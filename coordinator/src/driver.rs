@@ -59,6 +59,7 @@ pub(crate) struct Driver {
     clock: Clock,
     /// Difference of the wall clock to the machine's, in seconds, as the machine knows it.
     wall: u64,
+    /// Dropped before the journal, whose thread sends to it.
     queue: mpsc::Receiver<Message>,
     journal: Writer,
     agents: Agents,
@@ -260,6 +261,13 @@ impl Driver {
                 Ok(_) => self.take(&mut batch)?,
             }
             self.carry_out();
+        }
+        let told = async {
+            self.agents.finish().await;
+            self.clients.finish().await;
+        };
+        if tokio::time::timeout_at(deadline, told).await.is_err() {
+            tracing::debug!("some agents or commands may not have heard of the stop");
         }
         Ok(())
     }

@@ -34,21 +34,41 @@ pub(crate) fn open(state_dir: &Path) -> Result<(Journal, Vec<Record>), Coordinat
 /// The way to the journal's thread.
 #[derive(Debug)]
 pub(crate) struct Writer {
-    records: blocking::Sender<(Sequence, Record)>,
+    records: Option<blocking::Sender<(Sequence, Record)>>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Writer {
     /// Starts the thread. It ends when the writer is dropped, or by an error, which it tells.
     pub(crate) fn start(journal: Journal, queue: mpsc::Sender<Message>) -> Self {
         let (records, batches) = blocking::channel();
-        thread::spawn(move || write(&journal, &batches, &queue));
-        Writer { records }
+        let thread = thread::spawn(move || write(&journal, &batches, &queue));
+        Writer {
+            records: Some(records),
+            thread: Some(thread),
+        }
     }
 
     /// Appends a record after all before it.
     pub(crate) fn append(&self, sequence: Sequence, record: Record) {
         // The thread has ended only after it told why, and the driver is about to read that.
-        let _ = self.records.send((sequence, record));
+        let _ = self
+            .records
+            .as_ref()
+            .map(|records| records.send((sequence, record)));
+    }
+}
+
+impl Drop for Writer {
+    /// Waits for the append that is under way, so that the journal is free for the next life. The
+    /// queue's receiving end must be gone by then, or the thread might wait for room in it.
+    fn drop(&mut self) {
+        self.records = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the journal's thread panicked");
+        }
     }
 }
 
