@@ -38,6 +38,8 @@ enum LinkError {
     Stream(#[from] crcoord_transport::StreamError),
     #[error(transparent)]
     Frame(#[from] crcoord_transport::FrameError),
+    #[error("the connection was lost: {0}")]
+    Lost(crcoord_transport::Lost),
     #[error("the coordinator closed the stream")]
     Closed,
     #[error("the coordinator was silent for {} s", .0.as_secs())]
@@ -100,7 +102,13 @@ impl Link {
         outgoing: &mut Outgoing,
     ) -> Result<Never, LinkError> {
         let connection = call(node, coordinator).await?;
-        let outcome = self.talk(node, &connection, outgoing).await;
+        let outcome = self
+            .talk(node, &connection, outgoing)
+            .await
+            .map_err(|error| {
+                // Why the connection ended says more than that a stream on it failed.
+                connection.lost_reason().map_or(error, LinkError::Lost)
+            });
         // Told anew after each Hello.
         node.members.listen_to_none();
         if let Err(error) = &outcome {

@@ -723,7 +723,12 @@ async fn a_restart() {
 
 async fn an_older_term() {
     let cluster = Cluster::new();
-    let one = cluster.agent_with(cluster.settings("n1"), Term(5)).await;
+    let mut one = cluster.agent_with(cluster.settings("n1"), Term(5)).await;
+    let checked = one.link.ask(ToAgent::Check).await;
+    assert!(
+        matches!(checked, FromAgent::Checked { .. }),
+        "the welcome has arrived"
+    );
     one.link.connection.close(
         crcoord_transport::CLOSE_SHUTDOWN,
         "the test wants a new link",
