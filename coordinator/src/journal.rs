@@ -52,10 +52,9 @@ impl Writer {
     /// Appends a record after all before it.
     pub(crate) fn append(&self, sequence: Sequence, record: Record) {
         // The thread has ended only after it told why, and the driver is about to read that.
-        let _ = self
-            .records
-            .as_ref()
-            .map(|records| records.send((sequence, record)));
+        if let Some(records) = &self.records {
+            let _ = records.send((sequence, record));
+        }
     }
 }
 
