@@ -114,9 +114,24 @@ fn solve(settings: &Settings) -> Outcome {
                     .unwrap_or_else(|_| Err(Failure::new("a thread panicked")))
             })
             .collect();
-        results.into_iter().collect::<Outcome<Vec<Block>>>()
+        together(results)
     })?;
     gather(settings, &listener, &blocks)
+}
+
+/// All blocks, or the reasons of all threads that failed: the first cause is one of them.
+fn together(results: Vec<Outcome<Block>>) -> Outcome<Vec<Block>> {
+    let (mut blocks, mut reasons) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(block) => blocks.push(block),
+            Err(failure) => reasons.push(failure.to_string()),
+        }
+    }
+    match reasons.is_empty() {
+        true => Ok(blocks),
+        false => Err(Failure::new(reasons.join("; "))),
+    }
 }
 
 /// All steps of one block.
