@@ -102,7 +102,12 @@ impl Story {
     async fn tell(&mut self, display: &mut Display) -> Result<Findings, Failure> {
         let names = |text: &str| text.parse::<HostList>().map(|list| list.0);
         let nodes = names("n[1-3]").map_err(|error| Failure::internal("nodes", &error))?;
-        self.wait_for_agents(display).await?;
+        display.begin("waiting for the agents");
+        self.until_connected(4).await?;
+        display.line(
+            "cluster",
+            "coordinator on head; agents on n[1-4] connected; n4 is the spare",
+        );
         self.measure(&nodes, display).await?;
 
         display.begin("reference run without interruption");
@@ -140,6 +145,9 @@ impl Story {
             &format!("{lost} at step {step}: cable cut, agent, capsule and all processes killed"),
         );
 
+        display.begin("waiting for the coordinator to miss the node");
+        self.until_connected(3).await?;
+        display.line("missed", &format!("{lost} does not answer any more"));
         display.begin("restart");
         let (restarted, placements, incarnation) = self.restart(job, display).await?;
         let on = placements.iter().map(|place| place.node.clone()).collect();
@@ -167,33 +175,26 @@ impl Story {
         (self.steps as f64 * part) as u64
     }
 
-    /// Waits until the coordinator answers and has all agents.
-    async fn wait_for_agents(&mut self, display: &mut Display) -> Result<(), Failure> {
-        display.begin("waiting for the agents");
+    /// Waits until the coordinator answers and has this many agents.
+    async fn until_connected(&mut self, count: usize) -> Result<(), Failure> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.cluster.check()?;
             let answer = ask(&self.cluster.socket(), &Request::Status).await;
             if let Ok(Event::Cluster { nodes, .. }) = &answer
-                && nodes.iter().filter(|node| node.connected).count() == 4
+                && nodes.iter().filter(|node| node.connected).count() == count
             {
-                break;
+                return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(answer.err().unwrap_or_else(|| {
-                    Failure::internal(
-                        "the demo's cluster",
-                        &"not all agents found their coordinator",
-                    )
-                }));
+                let late = Failure::internal(
+                    "the demo's cluster",
+                    &format!("the coordinator does not have {count} agents"),
+                );
+                return Err(answer.err().unwrap_or(late));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        display.line(
-            "cluster",
-            "coordinator on head; agents on n[1-4] connected; n4 is the spare",
-        );
-        Ok(())
     }
 
     /// Chooses the number of steps so that the computation takes [`SECONDS`] on this machine.
