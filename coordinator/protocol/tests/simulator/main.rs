@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
 /// Events of one story.
-const STEPS: usize = 1_500;
+const STEPS: usize = 3_000;
 
 fn story(seed: u64) -> (usize, usize) {
     let mut world = World::new(seed, seed % 2 == 0);
@@ -23,7 +23,7 @@ fn story(seed: u64) -> (usize, usize) {
         world.step();
     }
     world.recover();
-    (world.commits, world.restarts)
+    world.under_faults
 }
 
 fn variable(name: &str) -> Option<u64> {
