@@ -114,10 +114,7 @@ async fn run(member: &Arc<Member>, built: Built) -> Result<(), Report> {
         .await
         .map_err(|error| error.report())?
     {
-        FromEngine::Resumed => {
-            engine.ended().await;
-            Ok(())
-        }
+        FromEngine::Resumed => Ok(()), // its end is waited for elsewhere
         _ => Err(engine.unexpected(doing).report()),
     }
 }
@@ -391,7 +388,7 @@ async fn from_partner(
     let (here, order) = (node.clone(), order.clone());
     blocking(move || {
         let (body, page_size) = checked(&here, &order, &manifest)?;
-        match copy(&here, &part, &body, page_size, &manifest, &record, &*source) {
+        match copy(&here, &part, &body, page_size, &manifest, &record, &source) {
             Ok(()) => Ok(Image {
                 body,
                 page_size,

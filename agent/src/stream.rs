@@ -51,18 +51,12 @@ pub(crate) async fn stream(
         .await
         .map_err(Stop::Failed)?;
     let mut sinks: Vec<Arc<dyn ChunkSink>> = vec![targets.own.clone()];
-    sinks.extend(
-        targets
-            .shared
-            .iter()
-            .map(|shared| -> Arc<dyn ChunkSink> { shared.clone() }),
-    );
-    sinks.extend(
-        targets
-            .partners
-            .iter()
-            .map(|(_, one)| -> Arc<dyn ChunkSink> { one.clone() }),
-    );
+    if let Some(shared) = &targets.shared {
+        sinks.push(shared.clone());
+    }
+    for (_, partner) in &targets.partners {
+        sinks.push(partner.clone());
+    }
     let page_size = rustix::param::page_size() as u64;
     let writer = Arc::new(PartWriter::new(page_size, sinks));
 

@@ -1,6 +1,10 @@
 //! The capsule as a real process: start, output, exit, re-attachment, lease, and the proof of death.
 //!
 //! Needs root. The test binary is its own capsule: a capsule runs a copy of the program that made it.
+#![allow(
+    clippy::unwrap_used,
+    reason = "tests, though not marked as such: see main"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -180,7 +184,7 @@ fn a_program_is_what_was_asked_for() {
         order.cgroup = Some(cgroup.to_str().unwrap().to_owned());
     });
     let script = "id -u; id -g; id -G; umask; pwd; hostname; echo $GREETING $HOME; ls /proc/self/fd \
-                  | tr '\\n' ' '; grep -c : /proc/net/dev; grep Sig[BI] /proc/self/status; \
+                  | tr '\\n' ' '; grep -c : /proc/net/dev; grep Sig[BI] /proc/$$/status; \
                   cut -d' ' -f5,6 /proc/$$/stat; cat /proc/self/oom_score_adj; exit 3";
     let (output, status) = run(&capsule, script);
     let lines: Vec<_> = output.lines().collect();
@@ -295,20 +299,24 @@ fn a_watcher_may_change_its_mind() {
             capsule.ask(&shell("echo kept; exit 4")),
             Ok(Answer::Started { .. })
         ));
-        let exited = Some(Answer::Exited {
+        let exited = Answer::Exited {
             status: ExitStatus::Exited(4),
-        });
-        assert_eq!(watch.next().await.unwrap(), exited, "without its output");
+        };
+        assert_eq!(
+            watch.next().await.unwrap(),
+            Some(exited.clone()),
+            "without its output"
+        );
         watch.want_output(true).await.unwrap();
         let mut events = Vec::new();
-        while events.last() != exited.as_ref() {
+        while events.last() != Some(&exited) {
             events.push(watch.next().await.unwrap().unwrap());
         }
         let output = Answer::Output {
             stream: 1,
             bytes: b"kept\n".to_vec(),
         };
-        assert_eq!(events, [Answer::Done, output, exited.unwrap()]);
+        assert_eq!(events, [Answer::Done, output, exited]);
     });
     capsule.kill(PATIENCE).unwrap();
 }

@@ -258,7 +258,7 @@ impl Init {
                 Answer::Failed(report)
             }
         };
-        self.to_peer(number, |peer| peer.answer(&answer));
+        self.with_peer(number, |peer| peer.answer(&answer));
     }
 
     /// Passes on what one stream holds.
@@ -278,7 +278,7 @@ impl Init {
                 stream: stream.number,
                 bytes,
             };
-            self.to_peer(number, |peer| peer.answer(&event));
+            self.with_peer(number, |peer| peer.answer(&event));
         }
         Ok(())
     }
@@ -311,7 +311,7 @@ impl Init {
         if wants_output && self.streams.iter().any(readable) {
             return;
         }
-        self.to_peer(number, |peer| {
+        self.with_peer(number, |peer| {
             peer.told_exit = true;
             peer.answer(&Answer::Exited { status })
         });
@@ -319,7 +319,7 @@ impl Init {
 
     fn serve_peer(&mut self, number: usize) -> io::Result<()> {
         let mut asks = Vec::new();
-        self.to_peer(number, |peer| {
+        self.with_peer(number, |peer| {
             peer.flush()?;
             asks = peer.receive()?;
             Ok(())
@@ -345,7 +345,7 @@ impl Init {
             Ask::Watch { output } => {
                 self.peers
                     .retain(|(other, peer)| *other == number || !peer.watching);
-                self.to_peer(number, |peer| {
+                self.with_peer(number, |peer| {
                     (peer.watching, peer.wants_output) = (true, output);
                     peer.told_exit = false;
                     Ok(())
@@ -361,7 +361,7 @@ impl Init {
                 std::process::exit(0);
             }
         };
-        self.to_peer(number, |peer| peer.answer(&answer));
+        self.with_peer(number, |peer| peer.answer(&answer));
         Ok(())
     }
 
@@ -399,13 +399,13 @@ impl Init {
         let writers: Vec<_> = streams.iter().filter_map(Stream::writer).collect();
         if writers.len() == streams.len() {
             let answer = Answer::Streams { names };
-            self.to_peer(number, |peer| match writers.is_empty() {
+            self.with_peer(number, |peer| match writers.is_empty() {
                 true => peer.answer(&answer),
                 false => peer.answer_with(&answer, &writers),
             });
         } else {
             let report = failure("capsule-streams", "the standard streams were given away");
-            self.to_peer(number, |peer| peer.answer(&Answer::Failed(report)));
+            self.with_peer(number, |peer| peer.answer(&Answer::Failed(report)));
         }
         drop(writers);
         self.streams = streams;
@@ -446,7 +446,7 @@ impl Init {
     }
 
     /// Does something with a connection and drops it when that fails: its agent has gone.
-    fn to_peer(&mut self, number: usize, work: impl FnOnce(&mut Peer) -> Result<(), FrameError>) {
+    fn with_peer(&mut self, number: usize, work: impl FnOnce(&mut Peer) -> Result<(), FrameError>) {
         let Some(index) = self.peers.iter().position(|(other, _)| *other == number) else {
             return;
         };

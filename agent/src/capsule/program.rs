@@ -10,7 +10,7 @@ use std::process::{Command as Program, Stdio as Standard};
 use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::frame;
 use crcoord_common::wire::member::{Command, Owner, Stdio};
-use crcoord_kernel::process_control::{Fork, fork_from_init};
+use crcoord_kernel::process_control::{Fork, fork_from_init, unblock_signals};
 use rustix::fs::Mode;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Gid, Uid, umask};
@@ -102,6 +102,8 @@ fn prepare(
     };
     let in_step = |step: &'static str| move |error: rustix::io::Errno| refused(step, &error.into());
     rustix::process::setsid().map_err(in_step("setsid"))?;
+    // PID 1 blocks what it reads by its signalfd, and exec keeps the mask.
+    unblock_signals().map_err(|error| refused("unblocking signals", &error))?;
     // The agent's own protection from the OOM killer is not the program's.
     std::fs::write("/proc/self/oom_score_adj", "0")
         .map_err(|error| refused("resetting oom_score_adj", &error))?;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crcoord_agent::{Agent, CoordinatorAddress, Settings, StartError};
@@ -14,7 +15,7 @@ use crcoord_transport::pki::{self, Request};
 use crcoord_transport::{
     Connection, Endpoint, Identity, IdentityPaths, Limits, Receiver, Role, Sender, Stream,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 /// Bound of every wait.
@@ -122,9 +123,12 @@ impl Cluster {
             })
             .await
             .unwrap();
+        let sender = Arc::new(Mutex::new(sender));
+        let (frames, received) = mpsc::unbounded_channel();
+        tokio::spawn(read(receiver, sender.clone(), frames));
         Link {
             sender,
-            receiver,
+            received,
             connection,
             hello: hello.body,
             term,
@@ -170,10 +174,30 @@ impl Node {
     }
 }
 
+/// Answers heartbeats, as long as there is a link.
+async fn read(
+    mut receiver: Receiver,
+    sender: Arc<Mutex<Sender>>,
+    frames: mpsc::UnboundedSender<Frame<FromAgent>>,
+) {
+    while let Ok(Some(frame)) = receiver.recv::<Frame<FromAgent>>().await {
+        if matches!(frame.body, FromAgent::Heartbeat { .. }) {
+            let alive = Frame {
+                request: frame.request,
+                term: frame.term,
+                body: ToAgent::Alive,
+            };
+            let _ = sender.lock().await.send(&alive).await;
+        } else if frames.send(frame).is_err() {
+            return;
+        }
+    }
+}
+
 /// The coordinator's end of an agent's control stream.
 pub struct Link {
-    sender: Sender,
-    receiver: Receiver,
+    sender: Arc<Mutex<Sender>>,
+    received: mpsc::UnboundedReceiver<Frame<FromAgent>>,
     pub connection: Connection,
     pub hello: FromAgent,
     term: Term,
@@ -185,7 +209,8 @@ impl Link {
     pub async fn tell(&mut self, body: ToAgent) -> RequestId {
         let request = RequestId(self.next);
         self.next += 1;
-        self.sender
+        let mut sender = self.sender.lock().await;
+        sender
             .send(&Frame {
                 request,
                 term: self.term,
@@ -218,16 +243,12 @@ impl Link {
         }
         let search = async {
             loop {
-                let frame: Frame<FromAgent> =
-                    self.receiver.recv().await.unwrap().expect("the link ended");
+                let frame: Frame<FromAgent> = self.received.recv().await.expect("the link ended");
                 assert_eq!(frame.term, self.term);
                 if wanted(&frame) {
                     return frame.body;
                 }
-                if !matches!(
-                    frame.body,
-                    FromAgent::Heartbeat { .. } | FromAgent::Progress { .. }
-                ) {
+                if !matches!(frame.body, FromAgent::Progress { .. }) {
                     self.early.push_back(frame);
                 }
             }

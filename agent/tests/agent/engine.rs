@@ -191,10 +191,12 @@ fn restore(
                 use std::io::Write;
                 child.stdin.take().unwrap().write_all(b"go\n").unwrap();
                 tell(&FromEngine::Resumed);
+                Box::leak(Box::new(child)); // it ends with its capsule
                 return;
             }
             other => panic!("unexpected {other:?}"),
         }
     }
-    let _ = child.kill();
+    child.kill().unwrap();
+    child.wait().unwrap();
 }

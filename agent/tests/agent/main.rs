@@ -2,6 +2,10 @@
 //! partner's copy, restore from it, leases, faults, and a restart of the agent.
 //!
 //! Needs root. The test binary is its own capsule and engine.
+#![allow(
+    clippy::unwrap_used,
+    reason = "tests, though not marked as such: see main"
+)]
 
 mod cluster;
 mod engine;
@@ -12,6 +16,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use cluster::{Cluster, Link, Node, key, shell, soon, spec};
+use crcoord_agent::Settings;
 use crcoord_common::commit::CommitRecord;
 use crcoord_common::ids::{Epoch, MemberKey, PartKey, Term};
 use crcoord_common::report::Class;
@@ -22,12 +27,19 @@ use crcoord_common::wire::member::{
     ExitStatus, JobSpec, MemberCommit, NetworkMode, Replica, Stdio,
 };
 
+const REAL_ENGINE: &str = "real-engine";
+
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().collect();
     match arguments.get(1).map(String::as_str) {
         Some("capsule") => return crcoord_agent::capsule::main(),
         Some("engine") => {
-            engine::serve();
+            // A copy of this program under another name is the real engine.
+            let name = std::fs::read_link("/proc/self/exe").unwrap();
+            match name.ends_with(REAL_ENGINE) {
+                true => crcoord_engine::serve::main().unwrap(),
+                false => engine::serve(),
+            }
             return ExitCode::SUCCESS;
         }
         _ => {}
@@ -56,6 +68,7 @@ const TESTS: &[(&str, fn())] = &[
         "an_epoch_is_sealed_here_and_at_the_partner_and_restored_elsewhere",
         || run(an_epoch()),
     ),
+    ("a_real_tree_goes_on_after_a_restore", || run(a_real_tree())),
     ("a_hold_ends_by_its_lease_and_poisons_its_epoch", || {
         run(a_hold_ends_by_its_lease())
     }),
@@ -417,6 +430,147 @@ async fn an_epoch() {
             committed: true
         }]
     );
+}
+
+/// A shell and its child, captured and restored by the real engine on another node: the output goes
+/// on where it stopped, and the exit status is known.
+async fn a_real_tree() {
+    let cluster = Cluster::new();
+    let program = tempfile::tempdir().unwrap();
+    let real = program.path().join(REAL_ENGINE);
+    std::fs::copy("/proc/self/exe", &real).unwrap();
+    let settings = |name| Settings {
+        engine: Some(real.clone()),
+        ..cluster.settings(name)
+    };
+    let mut one = cluster.agent_with(settings("n1"), Term(1)).await;
+    let mut two = cluster.agent_with(settings("n2"), Term(1)).await;
+    let key = key("11", 1);
+    let go = program.path().join("go");
+    std::fs::set_permissions(
+        program.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let script = format!(
+        "(n=0; while ! test -e {}; do n=$((n+1)); echo $n; sleep 0.02; done; echo last $n) & \
+         wait; exit 7",
+        go.display()
+    );
+    one.link
+        .tell(ToAgent::Listen {
+            key: key.clone(),
+            on: true,
+        })
+        .await;
+    let pid = start(&mut one.link, &key, &script).await;
+    let mut output = String::new();
+    while !output.contains("\n20\n") {
+        output += &next_output(&mut one.link).await;
+    }
+    let epoch_1 = Epoch(1);
+    let preflight = ToAgent::Preflight {
+        key: key.clone(),
+        epoch: epoch_1,
+        options: CaptureOptions::default(),
+    };
+    let FromAgent::Preflighted(found) = one.link.ask(preflight).await else {
+        panic!()
+    };
+    assert!(
+        found.findings.iter().all(|one| one.class == Class::Note),
+        "{:?}",
+        found.findings
+    );
+    assert!(found.processes >= 2);
+    let hold = ToAgent::Hold {
+        key: key.clone(),
+        epoch: epoch_1,
+        lease_ms: 60_000,
+    };
+    let answer = one.link.ask(hold).await;
+    assert!(matches!(answer, FromAgent::Held { .. }), "{answer:?}");
+    capture(&mut one.link, &key, 1).await;
+    let copies = vec![partner("n2", &two.link)];
+    let release = ToAgent::Release {
+        key: key.clone(),
+        epoch: epoch_1,
+        copies,
+    };
+    let request = one.link.tell(release).await;
+    assert!(matches!(
+        one.link.answer(request).await,
+        FromAgent::Released { .. }
+    ));
+    let FromAgent::Sealed { commit } = one.link.answer(request).await else {
+        panic!()
+    };
+    // The running one goes on, is ended, and so is its node.
+    assert!(alive(pid));
+    next_output(&mut one.link).await;
+    kill(&mut one.link, &key).await;
+    assert!(!alive(pid));
+
+    let (part, _) = record(&key, 1, &commit);
+    let new = cluster::key("11", 2);
+    let restore = RestoreOrder {
+        part,
+        manifest: commit.manifest,
+        sources: vec![Source::Own],
+        connections: vec![],
+        addresses: vec![],
+    };
+    let build = ToAgent::Build {
+        key: new.clone(),
+        capsule: spec(),
+        restore,
+    };
+    let answer = two.link.ask(build).await;
+    assert!(matches!(answer, FromAgent::Built { .. }), "{answer:?}");
+    two.link
+        .tell(ToAgent::Listen {
+            key: new.clone(),
+            on: true,
+        })
+        .await;
+    assert_eq!(
+        two.link.ask(ToAgent::Resume { key: new.clone() }).await,
+        FromAgent::Done
+    );
+    let mut output = next_output(&mut two.link).await;
+    let first: u32 = output.split('\n').next().unwrap().parse().unwrap();
+    assert!(first > 20, "it goes on and does not begin anew: {output}");
+    std::fs::write(&go, "").unwrap();
+    while !output.contains("last") {
+        output += &next_output(&mut two.link).await;
+    }
+    let numbers: Vec<u32> = output.lines().map_while(|line| line.parse().ok()).collect();
+    assert!(
+        numbers.windows(2).all(|pair| pair[1] == pair[0] + 1),
+        "{numbers:?}"
+    );
+    let ended = two
+        .link
+        .event(|event| matches!(event, FromAgent::Ended { .. }))
+        .await;
+    assert_eq!(
+        ended,
+        FromAgent::Ended {
+            key: new.clone(),
+            status: ExitStatus::Exited(7)
+        }
+    );
+    kill(&mut two.link, &new).await;
+}
+
+async fn next_output(link: &mut Link) -> String {
+    match link
+        .event(|event| matches!(event, FromAgent::Output { .. }))
+        .await
+    {
+        FromAgent::Output { bytes, .. } => String::from_utf8(bytes).unwrap(),
+        other => panic!("{other:?}"),
+    }
 }
 
 async fn a_hold_ends_by_its_lease() {

@@ -288,6 +288,24 @@ pub fn signal_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Blocks no signal for the calling thread, as a program expects to be started.
+///
+/// # Errors
+/// What the kernel said.
+pub fn unblock_signals() -> io::Result<()> {
+    // SAFETY: the set is plain data that sigemptyset initialises; sigprocmask only reads it.
+    let outcome = unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())
+    };
+    if outcome < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// Sends a signal to every other process of the caller's PID namespace; only PID 1 may
 /// (`kill(2)` with pid -1).
 ///
