@@ -160,13 +160,32 @@ pub fn timerfd(clock: i32, value: u64, interval: u64, ticks: u64) -> io::Result<
     Ok(fd)
 }
 
-/// A memfd of this size: memory that several processes can map.
+/// Shared anonymous memory of this size, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it, behind a
+/// descriptor (/proc/self/map_files, needs CAP_CHECKPOINT_RESTORE).
 pub fn shared_memory(bytes: u64) -> io::Result<File> {
-    // SAFETY: the name is a valid C string.
-    let fd = own(unsafe { libc::memfd_create(c"crcoord-shared".as_ptr(), libc::MFD_CLOEXEC) })?;
-    let file = File::from(fd);
-    file.set_len(bytes)?;
-    Ok(file)
+    let length = bytes.next_multiple_of(crate::sys::page_size());
+    // SAFETY: a fresh mapping placed by the kernel; nothing refers to it.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let (start, end) = (address as u64, address as u64 + length);
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/self/map_files/{start:x}-{end:x}"));
+    // SAFETY: unmaps exactly what was mapped above; the open file keeps the object.
+    unsafe { libc::munmap(address, length as usize) };
+    file
 }
 
 /// Ranges (start, end) of a file that hold data (SEEK_DATA, SEEK_HOLE).

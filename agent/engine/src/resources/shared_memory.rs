@@ -89,8 +89,8 @@ impl SharedMemoryImage {
         if self.size > SIZE_LIMIT {
             return Err(bad_image(format!("shared memory of {} bytes", self.size)).into());
         }
-        let file =
-            objects::shared_memory(self.size).map_err(|error| failure("memfd_create", &error))?;
+        let file = objects::shared_memory(self.size)
+            .map_err(|error| failure("making shared memory", &error))?;
         let writer = file.try_clone().map_err(|error| failure("dup", &error))?;
         let kept = sys::duplicate_above(file.as_fd(), context.descriptor_base)
             .map_err(|error| failure("duplicating shared memory", &error))?;
