@@ -169,7 +169,8 @@ impl Driver {
         if deed.changes {
             let job = deed.job.map(ToString::to_string).unwrap_or_default();
             let (uid, pid, verb, allowed) = (caller.uid, caller.pid, deed.verb, decision.is_ok());
-            tracing::info!(target: "audit", uid, pid, verb, job, allowed);
+            let word = permissions::confirmed_dead(&request);
+            tracing::info!(target: "audit", uid, pid, verb, job, allowed, confirmed_dead = word);
         }
         if let Err(report) = decision {
             return self

@@ -41,6 +41,15 @@ pub(crate) fn deed(request: &Request) -> Deed<'_> {
     }
 }
 
+/// The nodes that a request declares dead, for the audit log; empty as a rule.
+pub(crate) fn confirmed_dead(request: &Request) -> String {
+    let Request::Restart { confirmed_dead, .. } = request else {
+        return String::new();
+    };
+    let names: Vec<&str> = confirmed_dead.iter().map(|node| node.as_str()).collect();
+    names.join(",")
+}
+
 /// Decides. `owner` is the owner of the job that the request names, if there is one. A new job under
 /// the id of another user's ended one is refused, too: ids are how users find their jobs.
 pub(crate) fn decide(

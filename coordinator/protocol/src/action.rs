@@ -139,7 +139,7 @@ pub enum Action {
 }
 
 /// Whom an action concerns: actions for the same one keep their order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Destination {
     Journal,
     Agent(SessionId),

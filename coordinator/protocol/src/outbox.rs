@@ -6,7 +6,7 @@
 //! send_after(n, action)      -> `waiting` until persisted(n)
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::action::{Action, Destination};
 use crate::record::Record;
@@ -21,6 +21,8 @@ pub(crate) struct Outbox {
     now: VecDeque<Action>,
     /// In the order of their sequence numbers.
     waiting: VecDeque<(Sequence, Action)>,
+    /// What the last waiting action for a destination waits for.
+    behind: BTreeMap<Destination, Sequence>,
     last: Sequence,
     persisted: Sequence,
 }
@@ -61,16 +63,8 @@ impl Outbox {
     /// destination.
     pub(crate) fn send_after(&mut self, sequence: Sequence, action: Action) {
         let destination = action.destination();
-        let sequence = self
-            .waiting
-            .iter()
-            .rev()
-            .find_map(|(waiting, other)| {
-                let same =
-                    destination != Destination::Journal && other.destination() == destination;
-                same.then_some(*waiting)
-            })
-            .map_or(sequence, |waiting| waiting.max(sequence));
+        let behind = self.behind.get(&destination).copied();
+        let sequence = behind.unwrap_or_default().max(sequence);
         if self.is_persisted(sequence) {
             self.now.push_back(action);
             return;
@@ -79,6 +73,9 @@ impl Outbox {
             .waiting
             .partition_point(|(waiting, _)| *waiting <= sequence);
         self.waiting.insert(place, (sequence, action));
+        if destination != Destination::Log {
+            self.behind.insert(destination, sequence);
+        }
     }
 
     /// Records up to this one are durable.
@@ -88,6 +85,7 @@ impl Outbox {
             return;
         }
         self.persisted = sequence;
+        self.behind.retain(|_, waiting| *waiting > sequence);
         while self
             .waiting
             .front()

@@ -566,3 +566,21 @@ fn an_adopted_tree_is_checkpointed_as_its_owner() {
     let info = world.show();
     assert_eq!((info.uid, info.placements.len()), (7, 1));
 }
+
+#[test]
+fn a_job_on_500_nodes_goes_the_same_way() {
+    let names: Vec<String> = (1..=501).map(|number| format!("n{number:03}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut world = World::new(&names);
+    world.run(&names[..500], None);
+    for number in 1..=3 {
+        assert_eq!(world.checkpoint(), Epoch(number));
+    }
+    world.disconnect("n007");
+    let client = world.ask(restart(&[], &["n007"]));
+    world.pump(|_| false);
+    let Some(Event::Resumed { placements, .. }) = world.result(client) else {
+        panic!("not resumed");
+    };
+    assert_eq!(placements[6].node, node("n501"));
+}

@@ -35,7 +35,8 @@ impl Ledger {
     }
 
     pub fn hold(&mut self, now: u64, key: &MemberKey, epoch: Epoch) {
-        self.part(key, epoch).held = Some(now);
+        let before = self.part(key, epoch).held.replace(now);
+        assert!(before.is_none(), "{key} was held twice for epoch {epoch}");
     }
 
     pub fn capture(&mut self, now: u64, key: &MemberKey, epoch: Epoch) {
