@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crcoord_common::wire::engine::Scope;
+use crcoord_kernel::inject;
 use crcoord_kernel::proc::{self, Status};
 use crcoord_kernel::ptrace::{HOLD_OPTIONS, Stop, Tracee, event};
 use crcoord_kernel::sys::{Compare, kcmp};
@@ -276,10 +277,32 @@ fn until_stopped(tracee: &Tracee, since: Instant) -> Result<Option<Vec<(i32, boo
             Err(error) if is_gone(&error) || error.raw_os_error() == Some(10) => return Ok(None),
             Err(error) => return Err(failure("waiting for a thread", &error).tid(tid).into()),
         };
-        let signal = match stop {
+        let interrupted = matches!(
+            stop,
             Stop::Event {
-                event: event::STOP, ..
-            } => return Ok(Some(children)),
+                event: event::STOP,
+                ..
+            }
+        );
+        if interrupted || stop == Stop::SystemCall {
+            let returning = match inject::is_returning(tracee) {
+                Ok(returning) => returning,
+                Err(error) if is_gone(&error) => return Ok(None),
+                Err(error) => return Err(failure("reading registers", &error).tid(tid).into()),
+            };
+            let step = match (returning, interrupted) {
+                // An engine was killed a moment ago: the thread goes on until it is itself again.
+                (true, _) => tracee.resume_to_system_call(),
+                (false, true) => return Ok(Some(children)),
+                (false, false) => tracee.interrupt().and_then(|()| tracee.resume(0)),
+            };
+            match step {
+                Ok(()) => continue,
+                Err(error) if is_gone(&error) => return Ok(None),
+                Err(error) => return Err(failure("PTRACE_SYSCALL", &error).tid(tid).into()),
+            }
+        }
+        let signal = match stop {
             Stop::Exited(_) | Stop::Killed(_) => return Ok(None),
             Stop::Event {
                 event: which @ (event::FORK | event::VFORK | event::CLONE),

@@ -135,6 +135,29 @@ fn leave_critical_section(pid: i32, rseq: u64, registers: &mut Registers) -> io:
     Ok(())
 }
 
+/// Whether a stopped thread is on its way back to its program after its tracer was killed: it stands
+/// in injected code. It must be let go on until it has returned before anything is read from it.
+pub fn is_returning(thread: &Tracee) -> io::Result<bool> {
+    let instruction = thread.registers()?.instruction();
+    let page = instruction & !(sys::page_size() - 1);
+    let codes: [(u64, &[u8]); 3] = [
+        (page, &arch::CALL_AND_RETURN),
+        (page + arch::BOOTSTRAP_OFFSET, &arch::CALL_AND_RETURN),
+        (page + CLONE_CODE, &arch::CLONE_AND_RETURN),
+    ];
+    for (start, code) in codes {
+        if instruction.wrapping_sub(start) >= code.len() as u64 {
+            continue;
+        }
+        let mut found = vec![0; code.len()];
+        // Our code can always be read.
+        if memory::read(thread.tid(), start, &mut found).is_ok() && found == code {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The mask bit of the signal that a `siginfo_t` tells of.
 pub fn signal_bit(info: &[u8; 128]) -> u64 {
     let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);

@@ -207,17 +207,27 @@ pub const CALL_AND_RETURN: [u8; 7] = [0x0f, 0x05, 0x6a, 0x0f, 0x58, 0x0f, 0x05];
 
 /// Offset in [`CLONE_AND_RETURN`] of a call after which the process ends at once: for processes that
 /// must never reach the program.
-pub const CALL_AND_EXIT_OFFSET: u64 = 9;
+pub const CALL_AND_EXIT_OFFSET: u64 = 28;
 
 /// Where in an ELF image the bootstrap code goes: the padding of `e_ident`.
 pub const BOOTSTRAP_OFFSET: u64 = 8;
 
-/// As [`CALL_AND_RETURN`], for a `clone`: the child, which sees result 0, ends at once and never
-/// reaches the program (`test eax,eax; jz`; then `exit_group(0)` for ever).
-pub const CLONE_AND_RETURN: [u8; 22] = [
+/// As [`CALL_AND_RETURN`], for a `clone`: the parent collects the child before it returns, so that a
+/// tracer's death leaves no zombie; the child, which sees result 0, ends at once and never reaches
+/// the program.
+pub const CLONE_AND_RETURN: [u8; 41] = [
     0x0f, 0x05, // syscall
     0x85, 0xc0, // test eax, eax
-    0x74, 0x05, // jz child
+    0x74, 0x18, // jz child
+    0x78, 0x11, // js return
+    0x89, 0xc7, // mov edi, eax
+    0x31, 0xf6, // xor esi, esi
+    0xba, 0x00, 0x00, 0x00, 0x40, // mov edx, __WALL
+    0x45, 0x31, 0xd2, // xor r10d, r10d
+    0x6a, 0x3d, // push 61 (wait4)
+    0x58, // pop rax
+    0x0f, 0x05, // syscall
+    // return:
     0x6a, 0x0f, // push 15
     0x58, // pop rax
     0x0f, 0x05, // syscall (rt_sigreturn)
@@ -378,8 +388,9 @@ mod tests {
     #[test]
     fn jumps_of_the_injected_code_hit_their_targets() {
         // jz at 4 (length 2) to 11; jmp at 20 (length 2) back to 11.
-        assert_eq!(6 + CLONE_AND_RETURN[5] as usize, 11);
-        assert_eq!(22i64 + CLONE_AND_RETURN[21] as i8 as i64, 11);
+        assert_eq!(6 + CLONE_AND_RETURN[5] as usize, 30);
+        assert_eq!(8 + CLONE_AND_RETURN[7] as usize, 25);
+        assert_eq!(41i64 + CLONE_AND_RETURN[40] as i8 as i64, 30);
         let jnz = BATCH.iter().position(|byte| *byte == 0x75).unwrap();
         assert_eq!(jnz as i64 + 2 + BATCH[jnz + 1] as i8 as i64, 0);
         assert_eq!(BATCH[jnz + 2], 0xcc);
