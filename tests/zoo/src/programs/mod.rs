@@ -60,8 +60,8 @@ pub const TABLE: &[Program] = &[
     row("cwd_umask_exe", Supported, "directories, umask, names, vectors, limits, nice value, flags", cwd_umask_exe::run),
     row("vdso", Supported, "threads frozen inside clock_gettime and its kin", vdso::run),
     row("fifo", Later, "a named pipe with content", fifo::run),
-    row("timerfd", Later, "timer descriptors: far ahead, periodic, expired, disarmed", timerfd::run),
-    row("signalfd", Later, "a signal descriptor with pending signals", signalfd::run),
+    row("timerfd", Supported, "timer descriptors: far ahead, periodic, expired, disarmed", timerfd::run),
+    row("signalfd", Supported, "a signal descriptor with pending signals", signalfd::run),
     row("unix_socketpair", Later, "stream and datagram pairs with queued data", unix_socketpair::run),
 ];
 
