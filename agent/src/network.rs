@@ -18,7 +18,8 @@ use rtnetlink::packet_route::link::MacVlanMode;
 use rtnetlink::{Handle, LinkMacVlan, LinkUnspec};
 
 /// Name of the interface inside the capsule.
-const INTERFACE: &str = "eth0";
+/// Name of a capsule's interface inside it.
+pub const INTERFACE: &str = "eth0";
 
 /// Why a member's network could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -218,7 +218,11 @@ async fn take_pages(
                 FromEngine::Body(body) => break Ok(*body),
                 _ => return Err(engine.unexpected(doing).into()),
             },
-            Some(slots) = freed.recv() => engine.send(&ToEngine::Free(slots)).await?,
+            Some(slots) = freed.recv() => {
+                // An engine that has said everything ends at once and needs no slots: where it has
+                // ended too early, that is heard above.
+                let _ = engine.send(&ToEngine::Free(slots)).await;
+            }
             outcome = &mut storing => return Err(Stop::Failed(stored(outcome).err().unwrap_or_else(
                 || Report::new("agent-stream", Class::Failure, "the store ended early"),
             ))),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::frame::{self, FrameError};
+use crcoord_kernel::namespace::{Namespace, NamespaceKind, in_network_namespace, set_link};
 use crcoord_kernel::process_control::{Spawn, pidfd_open, signal_process};
 use crcoord_transport::{FrameReader, FrameWriter};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -22,6 +23,7 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use super::cgroup;
 use super::protocol::{Announcement, Answer, Ask, MESSAGE_LIMIT, Order, Status};
+use crate::network::INTERFACE;
 use crate::own_image::OwnImage;
 
 /// How long a capsule may take to be made, and PID 1 to answer.
@@ -97,6 +99,15 @@ pub struct Capsule {
     socket: PathBuf,
     hosts: Option<PathBuf>,
     cgroup: Option<PathBuf>,
+    /// Its network, where that is one of its own.
+    network: Option<Arc<Namespace>>,
+}
+
+/// The network namespace of a capsule, unless it is the agent's.
+fn own_network(init: i32) -> Option<Arc<Namespace>> {
+    let network = Namespace::of_process(init, NamespaceKind::Network).ok()?;
+    let agents = Namespace::current(NamespaceKind::Network).ok()?;
+    (network.id().ok()? != agents.id().ok()?).then(|| Arc::new(network))
 }
 
 impl Capsule {
@@ -137,6 +148,7 @@ impl Capsule {
             socket: PathBuf::from(&order.socket),
             hosts: order.hosts.as_ref().map(PathBuf::from),
             cgroup: order.cgroup.as_ref().map(PathBuf::from),
+            network: own_network(init),
         })
     }
 
@@ -178,6 +190,7 @@ impl Capsule {
                     socket: socket.to_owned(),
                     hosts,
                     cgroup,
+                    network: own_network(init),
                 };
                 Ok(Some((capsule, status)))
             }
@@ -298,7 +311,11 @@ impl Capsule {
     ///
     /// # Errors
     /// [`CapsuleError::Alive`] when the proof does not come in time.
+    ///
+    /// Its network is cut first: sockets outlive their processes and would go on to send old data
+    /// and a FIN, which a restarted life of the job, with the same addresses, must never get.
     pub fn kill(&self, patience: Duration) -> Result<(), CapsuleError> {
+        self.cut_network();
         match signal_process(&self.pidfd, rustix::process::Signal::KILL.as_raw()) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {}
@@ -312,6 +329,15 @@ impl Capsule {
         }
         self.clean_up();
         Ok(())
+    }
+
+    fn cut_network(&self) {
+        let Some(network) = &self.network else { return };
+        let cut = in_network_namespace(network.as_fd(), || set_link(INTERFACE, false));
+        if let Err(error) = cut.and_then(|cut| cut) {
+            // A capsule that never got its interface has none.
+            tracing::debug!(capsule = self.id, %error, "no interface to cut");
+        }
     }
 
     /// Removes socket, hosts file and cgroup of a capsule that has ended.

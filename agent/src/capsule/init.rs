@@ -11,7 +11,8 @@ use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::frame::FrameError;
 use crcoord_common::wire::member::{Command, ExitStatus};
 use crcoord_kernel::namespace::{
-    Propagation, bind_mount, loopback_up, mount_mqueue, mount_proc, set_host_name, set_propagation,
+    Propagation, bind_mount, loopback_up, mount_mqueue, mount_proc, set_host_name, set_link,
+    set_propagation,
 };
 use crcoord_kernel::process_control::{signal_descriptor, signal_everybody_else};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -23,6 +24,7 @@ use super::output::Peer;
 use super::program::{self, Starting};
 use super::protocol::{Announcement, Answer, Ask, Order, Status, VERSION};
 use super::streams::{self, Stream};
+use crate::network::INTERFACE;
 
 /// Most connections at a time; an agent needs two.
 const PEER_LIMIT: usize = 16;
@@ -185,6 +187,11 @@ impl Init {
             .as_ref()
             .is_some_and(|lease| lease.over().unwrap_or(true))
         {
+            // First the network: this life of the job must not say another word to the next one. A
+            // capsule without an interface of its own has nothing to cut.
+            if self.order.own_network {
+                let _ = set_link(INTERFACE, false);
+            }
             signal_everybody_else(Signal::KILL.as_raw())?;
             std::process::exit(LEASE_OVER);
         }

@@ -174,8 +174,9 @@ async fn a_member_runs() {
         capsule: spec(),
         command: shell("true"),
     };
-    let FromAgent::Failed(report) = link.ask(second).await else {
-        panic!()
+    let answer = link.ask(second).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert_eq!(report.code, "agent-member-alive");
     assert_eq!(report.place.node.as_ref().unwrap().as_str(), "n1");
@@ -474,8 +475,9 @@ async fn a_real_tree() {
         epoch: epoch_1,
         options: CaptureOptions::default(),
     };
-    let FromAgent::Preflighted(found) = one.link.ask(preflight).await else {
-        panic!()
+    let answer = one.link.ask(preflight).await;
+    let FromAgent::Preflighted(found) = answer else {
+        panic!("{answer:?}")
     };
     assert!(
         found.findings.iter().all(|one| one.class == Class::Note),
@@ -502,8 +504,9 @@ async fn a_real_tree() {
         one.link.answer(request).await,
         FromAgent::Released { .. }
     ));
-    let FromAgent::Sealed { commit } = one.link.answer(request).await else {
-        panic!()
+    let answer = one.link.answer(request).await;
+    let FromAgent::Sealed { commit } = answer else {
+        panic!("{answer:?}")
     };
     // The running one goes on, is ended, and so is its node.
     assert!(alive(pid));
@@ -595,8 +598,9 @@ async fn a_hold_ends_by_its_lease() {
         key: key.clone(),
         epoch: Epoch(1),
     };
-    let FromAgent::Failed(report) = link.ask(capture).await else {
-        panic!()
+    let answer = link.ask(capture).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert_eq!(report.class, Class::Aborted);
     // The number is spent; the next one works.
@@ -605,8 +609,9 @@ async fn a_hold_ends_by_its_lease() {
         epoch: Epoch(epoch),
         options: CaptureOptions::default(),
     };
-    let FromAgent::Failed(report) = link.ask(preflight(1)).await else {
-        panic!()
+    let answer = link.ask(preflight(1)).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert_eq!(report.code, "agent-epoch-stale");
     let commit = epoch(&mut link, &key, 2, CaptureOptions::default(), vec![]).await;
@@ -660,8 +665,9 @@ async fn no_partner() {
         link.answer(request).await,
         FromAgent::Released { frozen_us: 9 }
     );
-    let FromAgent::Failed(report) = link.answer(request).await else {
-        panic!()
+    let answer = link.answer(request).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert!(report.code.starts_with("transport-"), "{report}");
     assert!(alive(pid));
@@ -769,16 +775,18 @@ async fn a_missing_image() {
         epoch: Epoch(9),
         ..part.clone()
     };
-    let FromAgent::Failed(report) = link.ask(build(2, commit.manifest, &other)).await else {
-        panic!()
+    let answer = link.ask(build(2, commit.manifest, &other)).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert!(
         report.message.contains("no shared directory"),
         "all reasons are told: {report}"
     );
     let foreign = crcoord_common::image::ChunkId::of(b"another manifest");
-    let FromAgent::Failed(report) = link.ask(build(2, foreign, &part)).await else {
-        panic!()
+    let answer = link.ask(build(2, foreign, &part)).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert_eq!(report.code, "agent-restore-digest");
     // Nothing of the failed attempts is in the way.
@@ -796,8 +804,9 @@ async fn a_missing_image() {
     }
     link.tell(ToAgent::Forget { key: key("7", 2) }).await;
     let again = build(3, commit.manifest, &part);
-    let FromAgent::Failed(report) = link.ask(again).await else {
-        panic!()
+    let answer = link.ask(again).await;
+    let FromAgent::Failed(report) = answer else {
+        panic!("{answer:?}")
     };
     assert!(report.message.contains("chunk"), "{report}");
     let capsules = cluster.settings("n1").run_dir.join("capsules");
@@ -900,8 +909,9 @@ async fn an_older_term() {
 async fn a_check() {
     let cluster = Cluster::new();
     let Node { mut link, .. } = cluster.agent("n1").await;
-    let FromAgent::Checked { findings } = link.ask(ToAgent::Check).await else {
-        panic!()
+    let answer = link.ask(ToAgent::Check).await;
+    let FromAgent::Checked { findings } = answer else {
+        panic!("{answer:?}")
     };
     assert!(
         findings
