@@ -265,17 +265,33 @@ fn on_dedicated_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, Na
 /// # Errors
 /// [`NamespaceError::Call`].
 pub fn loopback_up() -> Result<(), NamespaceError> {
+    set_link("lo", true)
+}
+
+/// Brings an interface of the calling thread's network namespace up or down (netdevice(7)). What
+/// sockets of the namespace would still send goes nowhere while it is down.
+///
+/// # Errors
+/// [`NamespaceError::Call`]; ENODEV when there is none of this name.
+pub fn set_link(name: &str, up: bool) -> Result<(), NamespaceError> {
     // SAFETY: socket(2) takes no pointers.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    check(socket).map_err(|source| failed("socket for lo", source))?;
+    check(socket).map_err(|source| failed(&format!("socket for {name}"), source))?;
     // SAFETY: the descriptor was just made and is owned by nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: ifreq is plain data for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+    // One byte stays for the terminating zero.
+    let room = request.ifr_name.len() - 1;
+    for (target, byte) in request.ifr_name.iter_mut().take(room).zip(name.as_bytes()) {
         *target = byte.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    let flags = if up {
+        libc::IFF_UP | libc::IFF_RUNNING
+    } else {
+        0
+    };
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads the ifreq, whose name is NUL-terminated.
     let outcome = unsafe {
         libc::ioctl(
@@ -284,7 +300,7 @@ pub fn loopback_up() -> Result<(), NamespaceError> {
             &raw const request,
         )
     };
-    check(outcome).map_err(|source| failed("SIOCSIFFLAGS lo up", source))
+    check(outcome).map_err(|source| failed(&format!("SIOCSIFFLAGS {name}"), source))
 }
 
 /// Sets the host name of the calling thread's UTS namespace (sethostname(2)).
