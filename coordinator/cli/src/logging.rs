@@ -6,6 +6,7 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
@@ -21,13 +22,25 @@ pub fn start(context: &Context) -> Result<(), Failure> {
         .with_writer(std::io::stderr);
     match context.log_json {
         true => builder.json().flatten_event(true).try_init(),
-        false => builder.event_format(KeyValue).try_init(),
+        false => builder.event_format(KeyValue::of_process()).try_init(),
     }
     .map_err(|error| Failure::internal("cannot set up logging", &error))
 }
 
-/// `level=info target=... message="..." key=value`; journald adds time, host and pid.
-struct KeyValue;
+/// `time=... level=info target=... message="..." key=value`.
+struct KeyValue {
+    /// Left out where journald adds it, as it does host and pid.
+    time: bool,
+}
+
+impl KeyValue {
+    fn of_process() -> Self {
+        // systemd sets it for services whose output goes to the journal (systemd.exec(5)).
+        KeyValue {
+            time: std::env::var_os("JOURNAL_STREAM").is_none(),
+        }
+    }
+}
 
 impl<S, N> FormatEvent<S, N> for KeyValue
 where
@@ -40,6 +53,11 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
+        if self.time {
+            writer.write_str("time=")?;
+            SystemTime.format_time(&mut writer)?;
+            writer.write_char(' ')?;
+        }
         let metadata = event.metadata();
         let level = metadata.level().as_str().to_ascii_lowercase();
         write!(writer, "level={level} target={}", metadata.target())?;
@@ -104,7 +122,7 @@ mod tests {
         let sink = Sink::default();
         let writer = sink.clone();
         let subscriber = tracing_subscriber::fmt()
-            .event_format(KeyValue)
+            .event_format(KeyValue { time: false })
             .with_writer(move || writer.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {

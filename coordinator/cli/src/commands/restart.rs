@@ -28,7 +28,7 @@ pub struct Arguments {
     #[arg(long, value_name = "LIST")]
     nodes: Option<HostList>,
     /// Your word that the old members on these nodes are dead
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, alias = "confirmed-dead", value_name = "LIST")]
     confirm_dead: Option<HostList>,
     /// Stay until the job ends, print its output and return its status
     #[arg(long)]

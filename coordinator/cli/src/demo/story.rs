@@ -56,11 +56,17 @@ impl StoryArguments {
     }
 }
 
-/// Plays it in a world of its own, with the cluster's files in `directory`.
-pub async fn play(arguments: &StoryArguments, directory: &Path, json: bool) -> Outcome {
+/// Plays it in a world of its own, with the cluster's files in `directory` and `program` for all.
+pub async fn play(
+    arguments: &StoryArguments,
+    directory: &Path,
+    program: &Path,
+    json: bool,
+) -> Outcome {
     let mut display = Display::start(json);
     let mut story = Story {
-        cluster: build(directory, &mut display)?,
+        cluster: build(directory, program, &mut display)?,
+        program: program.to_owned(),
         directory: directory.to_owned(),
         size: arguments.size,
         steps: TRIAL_STEPS,
@@ -83,6 +89,7 @@ pub async fn play(arguments: &StoryArguments, directory: &Path, json: bool) -> O
 
 struct Story {
     cluster: Cluster,
+    program: PathBuf,
     directory: PathBuf,
     size: u32,
     steps: u64,
@@ -232,9 +239,8 @@ impl Story {
         let directory = self.directory.join(format!("job-{id}"));
         std::fs::create_dir(&directory)
             .map_err(DemoError::io(format!("making {}", directory.display())))?;
-        let program = std::env::current_exe().map_err(DemoError::io("finding this program"))?;
         let arguments = [
-            &program.display().to_string(),
+            &self.program.display().to_string(),
             "demo-part",
             "heat",
             "--directory",
@@ -385,14 +391,13 @@ impl Story {
     }
 }
 
-fn build(directory: &Path, display: &mut Display) -> Result<Cluster, Failure> {
+fn build(directory: &Path, program: &Path, display: &mut Display) -> Result<Cluster, Failure> {
     display.begin("building a cluster of network namespaces");
-    let program = std::env::current_exe().map_err(DemoError::io("finding this program"))?;
     let nodes = "n[1-4]"
         .parse::<HostList>()
         .map_err(|error| Failure::internal("nodes", &error))?;
     let mut cluster = Cluster::build(Options {
-        program,
+        program: program.to_owned(),
         directory: directory.to_owned(),
         nodes: nodes.0,
         settings: vec![

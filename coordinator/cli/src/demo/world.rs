@@ -92,7 +92,11 @@ pub fn stage(arguments: &StoryArguments, json: bool) -> Outcome {
     let directory = PathBuf::from(HIDDEN).join("crcoord-demo");
     std::fs::create_dir(&directory)
         .map_err(DemoError::io(format!("making {}", directory.display())))?;
-    block_on(story::play(arguments, &directory, json))
+    // A copy, so that building this program anew cannot pull it from under the demo's job.
+    let program = directory.join("crcoord");
+    std::fs::copy("/proc/self/exe", &program)
+        .map_err(DemoError::io("copying this program into the demo's world"))?;
+    block_on(story::play(arguments, &directory, &program, json))
 }
 
 /// Into namespaces of our own, with a user namespace in which we are root where we are not.
