@@ -144,11 +144,13 @@ pub enum ToAgent {
         /// The member.
         key: MemberKey,
     },
-    /// Renew the run lease of a member. Not answered.
+    /// Renew the run lease of a member. Carries the number of the heartbeat that it answers. Not
+    /// answered.
     RunLease {
         /// The member.
         key: MemberKey,
-        /// From receipt, in milliseconds.
+        /// From the sending of that heartbeat, or from receipt where the number is 0, in
+        /// milliseconds.
         lease_ms: u64,
     },
     /// Somebody takes the output of a member with [`super::member::Stdio::Caller`] (or nobody does
@@ -295,7 +297,8 @@ pub enum FromAgent {
         /// Free bytes of its store.
         free_bytes: u64,
     },
-    /// Sent every `heartbeat_ms`.
+    /// Sent every `heartbeat_ms`. Its frame has a number above 0, never used again, where the agent
+    /// counts run leases from its sending; else 0.
     Heartbeat {
         /// Free bytes of its store.
         free_bytes: u64,

@@ -71,7 +71,7 @@ impl Coordinator {
         self.core.nodes.set_free_bytes(node, free_bytes);
         self.core.answer(node, request, ToAgent::Alive);
         for job in self.jobs.values_mut() {
-            job.renew_run_leases(&mut self.core, node);
+            job.renew_run_leases(&mut self.core, node, request);
             job.kill_doomed(&mut self.core, Some(node));
         }
     }
@@ -239,7 +239,12 @@ impl Job {
 
     /// Renews the run leases of members on a node that has just been heard. A member that is to be
     /// ended gets none: its end may be what is waited for.
-    fn renew_run_leases(&mut self, core: &mut crate::core::Core, node: &NodeName) {
+    fn renew_run_leases(
+        &mut self,
+        core: &mut crate::core::Core,
+        node: &NodeName,
+        heartbeat: RequestId,
+    ) {
         let Some(lease_ms) = self.spec.run_lease_ms else {
             return;
         };
@@ -250,13 +255,13 @@ impl Job {
             if tree.node != *node || tree.doomed || !alive {
                 continue;
             }
-            tree.lease_from = Some(now);
+            tree.lease.renewed(now, heartbeat, lease_ms);
             let key = MemberKey {
                 job: job.clone(),
                 incarnation,
                 member,
             };
-            core.order_urgent(node, None, ToAgent::RunLease { key, lease_ms });
+            core.answer(node, heartbeat, ToAgent::RunLease { key, lease_ms });
         }
     }
 }

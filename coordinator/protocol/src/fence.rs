@@ -30,7 +30,6 @@ pub(crate) enum Way {
 pub(crate) struct Fence<'a> {
     pub(crate) nodes: &'a Nodes,
     pub(crate) settings: &'a Settings,
-    pub(crate) run_lease_ms: Option<u64>,
     /// Nodes that an operator declared dead.
     pub(crate) confirmed: &'a BTreeSet<NodeName>,
 }
@@ -55,13 +54,9 @@ impl Fence<'_> {
         if self.confirmed.contains(&tree.node) {
             return Way::Word;
         }
-        match (self.run_lease_ms, tree.lease_from) {
-            (Some(lease_ms), Some(from)) => {
-                let margin = self.settings.run_lease_margin_ms;
-                // 1 % for clocks that do not run equally fast.
-                Way::Lease(from.after(lease_ms + lease_ms / 100 + margin))
-            }
-            _ => Way::None(Box::new(no_proof(member, &tree.node))),
+        match tree.lease.end() {
+            Some(end) => Way::Lease(end.after(self.settings.run_lease_margin_ms)),
+            None => Way::None(Box::new(no_proof(member, &tree.node))),
         }
     }
 }

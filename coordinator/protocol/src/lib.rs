@@ -34,6 +34,7 @@ mod restart;
 mod restoring;
 mod resync;
 mod retention;
+mod run_lease;
 mod running;
 mod settings;
 mod survey;

@@ -190,10 +190,12 @@ impl Job {
             self.trees.doom(Some(incarnation));
         }
         // The life before may have renewed a run lease up to this moment.
-        let now = core.now;
+        let Some(lease_ms) = self.spec.run_lease_ms else {
+            return;
+        };
         for (_, _, tree) in self.trees.iter_mut() {
-            if matches!(tree.life, Life::Running | Life::Built | Life::Building) {
-                tree.lease_from = Some(now);
+            if matches!(tree.life, Life::Running) {
+                tree.lease.unknown_before(core.now, lease_ms);
             }
         }
     }

@@ -145,7 +145,6 @@ impl Job {
         Fence {
             nodes: &core.nodes,
             settings: &core.settings,
-            run_lease_ms: self.spec.run_lease_ms,
             confirmed,
         }
     }
@@ -210,7 +209,7 @@ impl Job {
 
     /// A member of the new incarnation is built.
     pub(crate) fn built(&mut self, core: &mut Core, key: &MemberKey, replica: Option<Replica>) {
-        let now = core.now;
+        let (now, lease_ms) = (core.now, self.spec.run_lease_ms);
         let Activity::Restart(restart) = &mut self.activity else {
             return;
         };
@@ -221,7 +220,9 @@ impl Job {
         let effects = restart.machine.built(now, key.member);
         if let Some(tree) = self.trees.tree_mut(key.incarnation, key.member) {
             tree.life = Life::Built;
-            tree.lease_from = Some(now);
+            if let Some(lease_ms) = lease_ms {
+                tree.lease.begun(now, lease_ms);
+            }
         }
         if let Some(replica) = replica {
             self.add_replica(core, epoch, key.member, replica);
@@ -409,12 +410,10 @@ impl Job {
             job: self.key.clone(),
             incarnation,
         });
-        let now = core.now;
         let mut lost = Vec::new();
         for at in &placements {
             if let Some(tree) = self.trees.tree_mut(incarnation, at.member) {
                 tree.life = Life::Running;
-                tree.lease_from = Some(now);
             }
             let key = self.member_key(incarnation, at.member);
             let purpose = Some(Purpose::Resume(key.clone()));

@@ -91,12 +91,14 @@ impl Job {
 
     /// A member's program runs.
     pub(crate) fn started(&mut self, core: &mut Core, key: &MemberKey, owner: Owner) {
-        let now = core.now;
+        let (now, lease_ms) = (core.now, self.spec.run_lease_ms);
         if let Some(tree) = self.trees.tree_mut(key.incarnation, key.member) {
             if tree.life == Life::Ordered {
                 tree.life = Life::Running;
             }
-            tree.lease_from = Some(now);
+            if let Some(lease_ms) = lease_ms {
+                tree.lease.begun(now, lease_ms);
+            }
         }
         let Activity::Starting { waiting, .. } = &mut self.activity else {
             return;

@@ -25,8 +25,7 @@ pub struct Settings {
     pub seal_ms: u64,
     /// A member that is being built shows progress or is built within this time.
     pub build_ms: u64,
-    /// Added to a run lease before it counts as run out. A renewal may reach its agent late: at
-    /// most by the time after which a silent connection is dropped, so this must not be less.
+    /// Added to a run lease before it counts as run out: time for the capsule to end itself.
     pub run_lease_margin_ms: u64,
     /// Committed epochs kept per job, at least 1.
     pub keep_epochs: u32,

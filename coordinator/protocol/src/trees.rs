@@ -17,7 +17,7 @@ use crcoord_common::ids::{Incarnation, MemberId, NodeName};
 use crcoord_common::wire::member::ExitStatus;
 use serde::{Deserialize, Serialize};
 
-use crate::time::Millis;
+use crate::run_lease::RunLease;
 
 /// How it is known that a tree is dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -57,8 +57,7 @@ pub(crate) struct Tree {
     pub(crate) life: Life,
     /// It is to be ended as soon as its agent can be told.
     pub(crate) doomed: bool,
-    /// Its run lease was granted at the latest at this time; `None` while that is not known.
-    pub(crate) lease_from: Option<Millis>,
+    pub(crate) lease: RunLease,
 }
 
 impl Tree {
@@ -67,7 +66,7 @@ impl Tree {
             node,
             life,
             doomed: false,
-            lease_from: None,
+            lease: RunLease::default(),
         }
     }
 

@@ -195,7 +195,7 @@ fn a_run_lease_counts_from_the_start_of_the_next_life() {
         world.pump(|_| false);
     }
     assert!(matches!(world.result(client), Some(Event::Resumed { .. })));
-    assert!(world.now.0 >= 15_000, "{}", world.now);
+    assert!(world.now.0 >= 25_000, "{}", world.now);
 }
 
 #[test]

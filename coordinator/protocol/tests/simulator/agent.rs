@@ -42,6 +42,8 @@ pub struct Node {
     pub up: bool,
     pub term: Term,
     pub trees: BTreeMap<MemberKey, Tree>,
+    /// Heartbeats are numbered, by the time of their sending.
+    pub numbered: bool,
 }
 
 fn failed(what: &str) -> Vec<FromAgent> {
@@ -53,12 +55,13 @@ fn failed(what: &str) -> Vec<FromAgent> {
 }
 
 impl Node {
-    pub fn new(name: &str) -> Self {
+    pub fn new(name: &str, numbered: bool) -> Self {
         Node {
             name: name.parse().unwrap(),
             up: true,
             term: Term(0),
             trees: BTreeMap::new(),
+            numbered,
         }
     }
 
@@ -209,7 +212,11 @@ impl Node {
                 if let Some(tree) = self.trees.get_mut(&key)
                     && let Some((_, until)) = &mut tree.lease
                 {
-                    *until = (*until).max(now + lease_ms);
+                    let from = match self.numbered {
+                        true => request.0,
+                        false => now,
+                    };
+                    *until = (*until).max(from + lease_ms);
                 }
                 Vec::new()
             }

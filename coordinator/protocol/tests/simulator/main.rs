@@ -18,7 +18,7 @@ use world::World;
 const STEPS: usize = 3_000;
 
 fn story(seed: u64) -> (usize, usize) {
-    let mut world = World::new(seed, seed % 2 == 0);
+    let mut world = World::new(seed, seed & 1 == 0, seed & 2 == 0);
     for _ in 0..STEPS {
         world.step();
     }

@@ -57,7 +57,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, lease: bool) -> Self {
+    pub fn new(seed: u64, lease: bool, numbered: bool) -> Self {
         let settings = Settings::new("sim".parse().unwrap());
         let bound_ms = settings.hold_maximum_ms + settings.hold_lease_ms + STEP_MS;
         let ledger = Ledger::new(MEMBERS.len() as u32, bound_ms);
@@ -71,7 +71,7 @@ impl World {
             unwritten: VecDeque::new(),
             nodes: ALL
                 .iter()
-                .map(|name| (name.parse().unwrap(), Node::new(name)))
+                .map(|name| (name.parse().unwrap(), Node::new(name, numbered)))
                 .collect(),
             links: BTreeMap::new(),
             remains: Vec::new(),
@@ -253,7 +253,11 @@ impl World {
                 }
             }
             for (name, event) in events {
-                self.send(&name, RequestId(0), event);
+                let number = match event {
+                    FromAgent::Heartbeat { .. } if self.nodes[&name].numbered => now,
+                    _ => 0,
+                };
+                self.send(&name, RequestId(number), event);
             }
             self.remains.retain(|remains| now < remains.until);
             if !self.faults {
@@ -364,7 +368,11 @@ impl World {
         self.remains.push(Remains {
             node: name.clone(),
             frames: link.to_agent,
-            until: self.now + self.settings.heartbeat_timeout_ms - STEP_MS,
+            // Numbered heartbeats make renewals safe however late they are read.
+            until: match self.nodes[name].numbered {
+                true => u64::MAX,
+                false => self.now + self.settings.heartbeat_timeout_ms,
+            },
         });
         Some(link.session)
     }

@@ -43,6 +43,8 @@ pub struct World {
     pub told: Vec<(ClientId, Event, bool)>,
     pub sessions: BTreeMap<NodeName, SessionId>,
     pub dropped: BTreeSet<SessionId>,
+    /// Agents number their heartbeats.
+    pub numbered: bool,
     next_session: u64,
     next_client: u64,
 }
@@ -89,6 +91,7 @@ impl World {
             told: Vec::new(),
             sessions: BTreeMap::new(),
             dropped: BTreeSet::new(),
+            numbered: true,
             next_session: 0,
             next_client: 0,
         };
@@ -237,11 +240,15 @@ impl World {
 
     pub fn event(&mut self, name: &str, body: FromAgent) {
         let session = self.sessions[&node(name)];
+        let number = match body {
+            FromAgent::Heartbeat { .. } if self.numbered => 1 + self.now.0,
+            _ => 0,
+        };
         self.input(Input::Message {
             node: node(name),
             session,
             frame: Frame {
-                request: RequestId(0),
+                request: RequestId(number),
                 term: self.machine.term(),
                 body,
             },
