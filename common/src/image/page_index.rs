@@ -59,7 +59,9 @@ impl Builder {
     /// How many pages all windows have together.
     pub fn pages(&self) -> u64 {
         let present = self.entries.values();
-        present.map(|(present, _)| u64::from(present.count_ones())).sum()
+        present
+            .map(|(present, _)| u64::from(present.count_ones()))
+            .sum()
     }
 
     /// How many windows are known.
