@@ -89,6 +89,7 @@ impl Session {
             lease: None,
             held: false,
             pending: Some(reply),
+            at_work: mpsc::channel(1),
         };
         let running = active.clone();
         tokio::spawn(async move { run.run(options, &running).await });
@@ -209,6 +210,8 @@ pub(crate) struct Run {
     lease: Option<Instant>,
     held: bool,
     pending: Option<Reply>,
+    /// Held by whatever writes for this epoch off the runtime.
+    at_work: (stream::AtWork, mpsc::Receiver<()>),
 }
 
 impl Run {
@@ -243,6 +246,10 @@ impl Run {
         if let Some(report) = report {
             let report = self.node.here(report);
             tracing::warn!(member = %self.member.key, epoch = %self.part.epoch, %report, "epoch ended");
+            // A seal that was under way when the epoch ended must not come after the removal.
+            let (at_work, mut ended) = self.at_work;
+            drop(at_work);
+            let _ = ended.recv().await;
             drop_part(&self.node, self.part.clone()).await;
             if self.held && abort.is_none() {
                 self.node.outbox.event(FromAgent::HoldLost {
@@ -379,6 +386,7 @@ impl Run {
         let commit = {
             let streaming = stream::stream(
                 self.node.clone(),
+                self.at_work.0.clone(),
                 self.member.key.clone(),
                 self.part.clone(),
                 engine,

@@ -30,6 +30,20 @@ use crate::partner::RemotePart;
 /// How often the coordinator is told how far it is.
 const PROGRESS: Duration = Duration::from_secs(1);
 
+/// Runs blocking work that writes for an epoch.
+async fn working<T: Send + 'static>(
+    at_work: &AtWork,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let held = at_work.clone();
+    blocking(move || {
+        let outcome = work();
+        drop(held);
+        outcome
+    })
+    .await
+}
+
 /// Where the part goes.
 struct Targets {
     own: Arc<dyn StagedPart>,
@@ -37,9 +51,15 @@ struct Targets {
     partners: Vec<(Replica, Arc<RemotePart>)>,
 }
 
+/// Held by everything that writes for an epoch off the runtime: when all are dropped, nothing can
+/// appear in a store any more.
+pub(crate) type AtWork = mpsc::Sender<()>;
+
 /// Streams and seals.
+#[allow(clippy::too_many_arguments)]
 pub(crate) async fn stream(
     node: Arc<Node>,
+    at_work: AtWork,
     key: MemberKey,
     part: PartKey,
     engine: &mut EngineProcess,
@@ -47,7 +67,7 @@ pub(crate) async fn stream(
     frozen_us: u64,
     copies: Vec<CopyTarget>,
 ) -> Result<MemberCommit, Stop> {
-    let targets = open_targets(&node, &part, copies)
+    let targets = open_targets(&node, &at_work, &part, copies)
         .await
         .map_err(Stop::Failed)?;
     let mut sinks: Vec<Arc<dyn ChunkSink>> = vec![targets.own.clone()];
@@ -67,14 +87,19 @@ pub(crate) async fn stream(
         done_bytes,
         total_bytes,
     };
-    let body = take_pages(&node, engine, &writer, page_size, progress).await?;
+    let body = take_pages(&node, &at_work, engine, &writer, page_size, progress).await?;
     let manifest = {
         let (node, part, writer) = (node.clone(), part.clone(), writer.clone());
-        blocking(move || finish(&node, part, &writer, page_size, body)).await
+        working(&at_work, move || {
+            finish(&node, part, &writer, page_size, body)
+        })
+        .await
     };
     let (manifest, raw_bytes) = manifest.map_err(|error| Stop::Failed(error.report()))?;
     drop(writer);
-    let (sealed, replicas) = seal(&node, targets, manifest).await.map_err(Stop::Failed)?;
+    let (sealed, replicas) = seal(&node, &at_work, targets, manifest)
+        .await
+        .map_err(Stop::Failed)?;
     Ok(MemberCommit {
         member: part.member,
         node: node.settings.node.clone(),
@@ -89,12 +114,13 @@ pub(crate) async fn stream(
 
 async fn open_targets(
     node: &Arc<Node>,
+    at_work: &AtWork,
     part: &PartKey,
     copies: Vec<CopyTarget>,
 ) -> Result<Targets, Report> {
     let own = {
         let (node, part) = (node.clone(), part.clone());
-        blocking(move || stage(&*node.store, &part))
+        working(at_work, move || stage(&*node.store, &part))
             .await
             .map_err(|error| error.report())?
     };
@@ -115,7 +141,7 @@ async fn open_targets(
                     .remedy("set agent.shared_dir on every node")
                 })?;
                 let part = part.clone();
-                let staged = blocking(move || stage(&*store, &part)).await;
+                let staged = working(at_work, move || stage(&*store, &part)).await;
                 targets.shared = Some(staged.map_err(|error| error.report())?);
             }
             CopyTarget::Partner {
@@ -194,6 +220,7 @@ fn believed(node: &Node, part: &PartKey, replica: &Replica) -> HashSet<ChunkId> 
 /// Moves pages until the engine has given all, and its manifest body.
 async fn take_pages(
     node: &Node,
+    at_work: &AtWork,
     engine: &mut EngineProcess,
     writer: &Arc<PartWriter>,
     page_size: u64,
@@ -203,8 +230,12 @@ async fn take_pages(
     let (filled, work) = std::sync::mpsc::channel::<Vec<Slot>>();
     let (free, mut freed) = mpsc::unbounded_channel();
     let mut storing = {
-        let (ring, writer) = (engine.ring.clone(), writer.clone());
-        tokio::task::spawn_blocking(move || store_pages(&work, &ring, &writer, page_size, &free))
+        let (ring, writer, at_work) = (engine.ring.clone(), writer.clone(), at_work.clone());
+        tokio::task::spawn_blocking(move || {
+            let outcome = store_pages(&work, &ring, &writer, page_size, &free);
+            drop((writer, at_work));
+            outcome
+        })
     };
     let mut ticks = tokio::time::interval(PROGRESS);
     let body = loop {
@@ -311,6 +342,7 @@ fn finish(
 /// Makes all copies durable; the own one last, so that it never claims what the others lack.
 async fn seal(
     node: &Node,
+    at_work: &AtWork,
     targets: Targets,
     manifest: Vec<u8>,
 ) -> Result<(Sealed, Vec<Replica>), Report> {
@@ -322,13 +354,13 @@ async fn seal(
     let manifest = Arc::new(manifest);
     if let Some(shared) = targets.shared {
         let manifest = manifest.clone();
-        blocking(move || shared.seal(&manifest))
+        working(at_work, move || shared.seal(&manifest))
             .await
             .map_err(|error| error.report())?;
         replicas.push(Replica::Shared);
     }
     let own = targets.own;
-    let sealed = blocking(move || own.seal(&manifest))
+    let sealed = working(at_work, move || own.seal(&manifest))
         .await
         .map_err(|error| error.report())?;
     Ok((sealed, replicas))

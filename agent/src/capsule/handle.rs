@@ -305,17 +305,27 @@ impl Capsule {
         self.gone_within(Duration::ZERO)
     }
 
+    /// Ends all of it with proof, as [`Capsule::end`] does.
+    ///
+    /// Its network is cut first: sockets outlive their processes and would go on to send old data
+    /// and a FIN, which a restarted life of the job, with the same addresses, must never get.
+    ///
+    /// # Errors
+    /// [`CapsuleError::Alive`] when the proof does not come in time.
+    pub fn kill(&self, patience: Duration) -> Result<(), CapsuleError> {
+        self.cut_network();
+        self.end(patience)
+    }
+
     /// Ends all of it and waits for the proof: PID 1's pidfd is readable only after the kernel has
     /// ended and reaped its whole PID namespace (`pid_namespaces(7)`). Then removes what belonged
     /// to it on this node.
     ///
+    /// What a program that has ended by itself wrote last is still delivered by the kernel.
+    ///
     /// # Errors
     /// [`CapsuleError::Alive`] when the proof does not come in time.
-    ///
-    /// Its network is cut first: sockets outlive their processes and would go on to send old data
-    /// and a FIN, which a restarted life of the job, with the same addresses, must never get.
-    pub fn kill(&self, patience: Duration) -> Result<(), CapsuleError> {
-        self.cut_network();
+    pub fn end(&self, patience: Duration) -> Result<(), CapsuleError> {
         match signal_process(&self.pidfd, rustix::process::Signal::KILL.as_raw()) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {}

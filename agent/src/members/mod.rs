@@ -373,13 +373,18 @@ pub async fn forget(node: &Arc<Node>, key: &MemberKey) {
     drop_remains(node, &member).await;
 }
 
-/// Ends what may be left of a member's capsule and removes its state.
+/// Ends what may be left of a member's capsule and removes its state. Of one that ended by itself the
+/// kernel still delivers what it wrote last; any other must not say another word.
 async fn drop_remains(node: &Arc<Node>, member: &Arc<Member>) {
     let (node, member) = (node.clone(), member.clone());
     blocking(move || {
-        if let Some(capsule) = member.capsule()
-            && let Err(error) = capsule.kill(node.settings.kill_patience)
-        {
+        let patience = node.settings.kill_patience;
+        let ended = match (member.capsule(), member.ended()) {
+            (Some(capsule), Some(_)) => capsule.end(patience),
+            (Some(capsule), None) => capsule.kill(patience),
+            (None, _) => Ok(()),
+        };
+        if let Err(error) = ended {
             tracing::error!(member = %member.key, %error, "a capsule could not be removed");
         }
         if let Err(error) = Record::remove(&node.settings.run_dir, &member.key) {
