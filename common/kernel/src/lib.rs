@@ -6,6 +6,7 @@
 pub mod arch;
 pub mod credentials;
 pub mod fault;
+pub mod huge_pages;
 pub mod inject;
 pub mod memory;
 pub mod namespace;
