@@ -13,7 +13,7 @@ use crcoord_common::wire::member::{Command, Owner, Stdio};
 use crcoord_kernel::process_control::{Fork, fork_from_init, unblock_signals};
 use rustix::fs::Mode;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Gid, Uid, umask};
+use rustix::process::{Gid, Uid, getgroups, umask};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::protocol::MESSAGE_LIMIT;
@@ -113,8 +113,11 @@ fn prepare(
         .map(|group| Gid::from_raw(*group))
         .collect();
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-    // This process has one thread, so what is set for it is set for all of it.
-    set_thread_groups(&groups).map_err(in_step("setgroups"))?;
+    // This process has one thread, so what is set for it is set for all of it. An agent in a user
+    // namespace without setgroups(2) can only start its own user's programs.
+    if getgroups().map_err(in_step("getgroups"))? != groups {
+        set_thread_groups(&groups).map_err(in_step("setgroups"))?;
+    }
     set_thread_res_gid(gid, gid, gid).map_err(in_step("setresgid"))?;
     set_thread_res_uid(uid, uid, uid).map_err(in_step("setresuid"))?;
     umask(Mode::from_raw_mode(command.umask & 0o777));

@@ -185,7 +185,8 @@ fn umask_of_caller() -> Result<u32, Failure> {
         .ok_or_else(|| Failure::internal("/proc/self/status", &"it has no line Umask"))
 }
 
-fn groups_of_caller() -> Result<Vec<u32>, Failure> {
+/// Supplementary groups of this process.
+pub fn groups_of_caller() -> Result<Vec<u32>, Failure> {
     let groups = rustix::process::getgroups()
         .map_err(|error| Failure::internal("cannot read the groups of this process", &error))?;
     Ok(groups.into_iter().map(|group| group.as_raw()).collect())

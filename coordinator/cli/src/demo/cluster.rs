@@ -167,6 +167,14 @@ impl Cluster {
         self.nodes.get(node).map(Node::init)
     }
 
+    /// The process of a daemon (`agent`, `coordinator`) as the owner sees it, while it runs.
+    pub fn process_of(&self, node: &NodeName, daemon: &str) -> Option<i32> {
+        match *node == head_name() {
+            true => self.head.process_of(daemon),
+            false => self.nodes.get(node)?.process_of(daemon),
+        }
+    }
+
     /// The coordinator's socket, for commands outside of the cluster.
     pub fn socket(&self) -> PathBuf {
         self.options.directory.join("coordinator.sock")

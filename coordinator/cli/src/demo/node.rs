@@ -87,6 +87,12 @@ impl Node {
         self.init
     }
 
+    /// One of its programs, as the owner sees it, while it runs.
+    pub(super) fn process_of(&self, name: &str) -> Option<i32> {
+        let running = self.running.get(name)?;
+        outside_pid(self.init, running.pid)
+    }
+
     /// Starts `crcoord ARGUMENTS` in it, under a name, its output logged.
     pub(super) fn run(
         &mut self,

@@ -14,6 +14,8 @@ use super::cluster::{Cluster, Options};
 use super::display::{Display, Findings};
 use super::error::DemoError;
 use crate::client::{Client, ask, unexpected};
+use crate::commands::run::groups_of_caller;
+use crate::commands::show::ended_text;
 use crate::failure::{Failure, Outcome};
 
 /// Seconds that the whole computation shall take: the steps are chosen to fit the machine.
@@ -103,6 +105,14 @@ struct Job {
     progress: PathBuf,
     /// Where rank 0 writes the final field.
     field: PathBuf,
+}
+
+impl Job {
+    /// Something went wrong with it; `errors` is what it wrote itself.
+    fn failed(&self, what: &str, errors: &str) -> Failure {
+        let text = format!("{what}; it wrote: {:?}", errors.trim());
+        Failure::internal(&format!("job {}", self.id), &text)
+    }
 }
 
 impl Story {
@@ -259,7 +269,7 @@ impl Story {
                 directory: directory.display().to_string(),
                 umask: 0o022,
             },
-            groups: Vec::new(),
+            groups: groups_of_caller()?,
             stdio: Stdio::Caller,
             network: NetworkMode::Virtual,
             run_lease_ms: Some(RUN_LEASE.as_millis() as u64),
@@ -302,19 +312,30 @@ impl Story {
     async fn follow(&mut self, mut job: Job, display: &mut Display) -> Result<PathBuf, Failure> {
         let mut ticks = tokio::time::interval(Duration::from_millis(100));
         let mut errors = String::new();
+        let mut last = (0, Instant::now());
         loop {
             let event = tokio::select! {
                 event = job.client.next() => event?,
                 _ = ticks.tick() => {
-                    display.steps(&job.id, steps_done(&job.progress), self.steps);
+                    let done = steps_done(&job.progress);
+                    display.steps(&job.id, done, self.steps);
+                    if done != last.0 {
+                        last = (done, Instant::now());
+                    }
+                    if last.1.elapsed() > PATIENCE {
+                        return Err(job.failed(&format!("no progress since step {done}"), &errors));
+                    }
                     continue;
                 }
             };
             match event {
                 Event::Output {
                     stream: 2, bytes, ..
-                } => {
-                    errors.push_str(&String::from_utf8_lossy(&bytes));
+                } => errors.push_str(&String::from_utf8_lossy(&bytes)),
+                // The other ranks wait for this one for ever.
+                Event::MemberEnded { member, status } if status != ExitStatus::Exited(0) => {
+                    let how = format!("rank {member} ended with {}", ended_text(status));
+                    return Err(job.failed(&how, &errors));
                 }
                 Event::JobEnded { statuses } => {
                     let good = statuses
@@ -322,10 +343,7 @@ impl Story {
                         .all(|(_, how)| *how == ExitStatus::Exited(0));
                     return match good {
                         true => Ok(job.field),
-                        false => Err(Failure::internal(
-                            &format!("job {} ended badly: {statuses:?}", job.id),
-                            &errors,
-                        )),
+                        false => Err(job.failed("it ended badly", &errors)),
                     };
                 }
                 _ => {}
