@@ -6,6 +6,7 @@ pub mod cluster;
 mod display;
 mod error;
 mod init;
+mod job;
 mod node;
 mod part;
 mod story;

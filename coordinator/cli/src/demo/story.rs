@@ -1,6 +1,5 @@
 //! The story: a job on three nodes survives the loss of one of them, bit for bit.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -8,14 +7,13 @@ use std::time::{Duration, Instant};
 use crcoord_common::hostlist::HostList;
 use crcoord_common::ids::{Incarnation, JobId, NodeName};
 use crcoord_common::wire::client::{EpochInfo, Event, Phase, Request};
-use crcoord_common::wire::member::{Command, ExitStatus, NetworkMode, Placement, Stdio};
+use crcoord_common::wire::member::Placement;
 
 use super::cluster::{Cluster, Options};
 use super::display::{Display, Findings};
 use super::error::DemoError;
-use crate::client::{Client, ask, unexpected};
-use crate::commands::run::groups_of_caller;
-use crate::commands::show::ended_text;
+use super::job::{Job, PATIENCE, Problem};
+use crate::client::{Client, ask};
 use crate::failure::{Failure, Outcome};
 
 /// Seconds that the whole computation shall take: the steps are chosen to fit the machine.
@@ -27,11 +25,6 @@ const UNIT: u64 = 64;
 /// When the checkpoints are taken and the node is lost, in parts of all steps.
 const CHECKPOINTS: [f64; 2] = [0.2, 0.45];
 const LOSS: f64 = 0.6;
-/// The job's opt-in: cut off from the coordinator for this long, a member ends itself.
-const RUN_LEASE: Duration = Duration::from_secs(3);
-/// Everything that is waited for must happen within this time.
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// Arguments of `demo`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct StoryArguments {
@@ -68,10 +61,12 @@ pub async fn play(
     let mut display = Display::start(json);
     let mut story = Story {
         cluster: build(directory, program, &mut display)?,
-        program: program.to_owned(),
-        directory: directory.to_owned(),
-        size: arguments.size,
-        steps: TRIAL_STEPS,
+        problem: Problem {
+            program: program.to_owned(),
+            directory: directory.to_owned(),
+            size: arguments.size,
+            steps: TRIAL_STEPS,
+        },
     };
     let result = story.tell(&mut display).await;
     if let Some(target) = &arguments.logs {
@@ -91,28 +86,7 @@ pub async fn play(
 
 struct Story {
     cluster: Cluster,
-    program: PathBuf,
-    directory: PathBuf,
-    size: u32,
-    steps: u64,
-}
-
-/// A job that was started, with the connection over which its end is told.
-struct Job {
-    id: JobId,
-    client: Client,
-    /// Where rank 0 writes how far it is.
-    progress: PathBuf,
-    /// Where rank 0 writes the final field.
-    field: PathBuf,
-}
-
-impl Job {
-    /// Something went wrong with it; `errors` is what it wrote itself.
-    fn failed(&self, what: &str, errors: &str) -> Failure {
-        let text = format!("{what}; it wrote: {:?}", errors.trim());
-        Failure::internal(&format!("job {}", self.id), &text)
-    }
+    problem: Problem,
 }
 
 impl Story {
@@ -129,10 +103,10 @@ impl Story {
 
         display.begin("reference run without interruption");
         let reference = self.run("reference", &nodes, display).await?;
-        let reference = self.follow(reference, display).await?;
+        let reference = reference.follow(display).await?;
         display.line(
             "reference",
-            &format!("{} of {0} steps, uninterrupted", self.steps),
+            &format!("{} of {0} steps, uninterrupted", self.problem.steps),
         );
 
         display.begin("job 42");
@@ -140,7 +114,7 @@ impl Story {
         let mut epochs = Vec::new();
         let mut cut = Instant::now();
         for part in CHECKPOINTS {
-            let step = self.until(&job, self.step_of(part), display).await?;
+            let step = job.until(self.step_of(part), display).await?;
             let (info, at) = self.checkpoint(&job.id, display).await?;
             cut = at;
             display.checkpoint(step, &info);
@@ -148,8 +122,8 @@ impl Story {
         }
 
         let lost = nodes[1].clone();
-        let step = self.until(&job, self.step_of(LOSS), display).await?;
-        if step >= self.steps {
+        let step = job.until(self.step_of(LOSS), display).await?;
+        if step >= self.problem.steps {
             return Err(Failure::internal(
                 "the demo's job",
                 &"it was done before a node could be lost; try a larger --size",
@@ -176,9 +150,8 @@ impl Story {
                 HostList(on)
             ),
         );
-        job = restarted;
-        let field = self.follow(job, display).await?;
-        display.line("finish", &format!("{} of {0} steps", self.steps));
+        let field = restarted.follow(display).await?;
+        display.line("finish", &format!("{} of {0} steps", self.problem.steps));
         Ok(Findings::new(
             lost,
             &placements,
@@ -189,7 +162,7 @@ impl Story {
     }
 
     fn step_of(&self, part: f64) -> u64 {
-        (self.steps as f64 * part) as u64
+        (self.problem.steps as f64 * part) as u64
     }
 
     /// Waits until the coordinator answers and has this many agents.
@@ -217,138 +190,32 @@ impl Story {
     /// Chooses the number of steps so that the computation takes [`SECONDS`] on this machine.
     async fn measure(&mut self, nodes: &[NodeName], display: &mut Display) -> Result<(), Failure> {
         display.begin("measuring the machine");
-        let job = self.run("trial", nodes, display).await?;
-        self.until(&job, UNIT, display).await?;
+        let mut job = self.run("trial", nodes, display).await?;
+        job.until(UNIT, display).await?;
         let begin = Instant::now();
-        self.follow(job, display).await?;
+        job.follow(display).await?;
         let rate = (TRIAL_STEPS - UNIT) as f64 / begin.elapsed().as_secs_f64().max(0.001);
-        self.steps = ((rate * SECONDS) as u64)
+        self.problem.steps = ((rate * SECONDS) as u64)
             .next_multiple_of(UNIT)
             .max(16 * UNIT);
-        let size = self.size;
+        let size = self.problem.size;
         display.line(
             "problem",
             &format!(
                 "heat equation, {size} x {size} cells, {} steps, 3 ranks x 2 threads over TCP",
-                self.steps
+                self.problem.steps
             ),
         );
         Ok(())
     }
 
-    /// Starts the solver as a job and waits until all its members run.
     async fn run(
-        &mut self,
+        &self,
         id: &str,
         nodes: &[NodeName],
         display: &mut Display,
     ) -> Result<Job, Failure> {
-        let id: JobId = id
-            .parse()
-            .map_err(|error| Failure::internal("job", &error))?;
-        let directory = self.directory.join(format!("job-{id}"));
-        std::fs::create_dir(&directory)
-            .map_err(DemoError::io(format!("making {}", directory.display())))?;
-        let arguments = [
-            &self.program.display().to_string(),
-            "demo-part",
-            "heat",
-            "--directory",
-            &directory.display().to_string(),
-            "--size",
-            &self.size.to_string(),
-            "--steps",
-            &self.steps.to_string(),
-        ];
-        let request = Request::Run {
-            job: id.clone(),
-            nodes: nodes.to_vec(),
-            command: Command {
-                arguments: arguments.map(str::to_owned).to_vec(),
-                environment: BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]),
-                directory: directory.display().to_string(),
-                umask: 0o022,
-            },
-            groups: groups_of_caller()?,
-            stdio: Stdio::Caller,
-            network: NetworkMode::Virtual,
-            run_lease_ms: Some(RUN_LEASE.as_millis() as u64),
-            attach: true,
-        };
-        let mut client = Client::send(&self.cluster.socket(), &request).await?;
-        match client.next().await? {
-            Event::JobStarted { placements, .. } => display.placed(&placements),
-            other => return Err(unexpected(&other)),
-        }
-        Ok(Job {
-            progress: directory.join("progress"),
-            field: directory.join("field"),
-            id,
-            client,
-        })
-    }
-
-    /// Waits until the job has done so many steps; how many it has done then.
-    async fn until(&mut self, job: &Job, step: u64, display: &mut Display) -> Result<u64, Failure> {
-        let mut last = (0, Instant::now());
-        loop {
-            let done = steps_done(&job.progress);
-            display.steps(&job.id, done, self.steps);
-            if done >= step {
-                return Ok(done);
-            }
-            if done != last.0 {
-                last = (done, Instant::now());
-            }
-            if last.1.elapsed() > PATIENCE {
-                return Err(Failure::internal("the demo's job", &"it makes no progress"));
-            }
-            self.cluster.check()?;
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// Waits until the job has ended well; its final field.
-    async fn follow(&mut self, mut job: Job, display: &mut Display) -> Result<PathBuf, Failure> {
-        let mut ticks = tokio::time::interval(Duration::from_millis(100));
-        let mut errors = String::new();
-        let mut last = (0, Instant::now());
-        loop {
-            let event = tokio::select! {
-                event = job.client.next() => event?,
-                _ = ticks.tick() => {
-                    let done = steps_done(&job.progress);
-                    display.steps(&job.id, done, self.steps);
-                    if done != last.0 {
-                        last = (done, Instant::now());
-                    }
-                    if last.1.elapsed() > PATIENCE {
-                        return Err(job.failed(&format!("no progress since step {done}"), &errors));
-                    }
-                    continue;
-                }
-            };
-            match event {
-                Event::Output {
-                    stream: 2, bytes, ..
-                } => errors.push_str(&String::from_utf8_lossy(&bytes)),
-                // The other ranks wait for this one for ever.
-                Event::MemberEnded { member, status } if status != ExitStatus::Exited(0) => {
-                    let how = format!("rank {member} ended with {}", ended_text(status));
-                    return Err(job.failed(&how, &errors));
-                }
-                Event::JobEnded { statuses } => {
-                    let good = statuses
-                        .iter()
-                        .all(|(_, how)| *how == ExitStatus::Exited(0));
-                    return match good {
-                        true => Ok(job.field),
-                        false => Err(job.failed("it ended badly", &errors)),
-                    };
-                }
-                _ => {}
-            }
-        }
+        Job::start(&self.cluster.socket(), &self.problem, id, nodes, display).await
     }
 
     /// One checkpoint, and the moment when all members were frozen.
@@ -403,7 +270,7 @@ impl Story {
                 ..
             } = event
             {
-                return Ok((Job { client, ..job }, placements, incarnation));
+                return Ok((job.resumed(client), placements, incarnation));
             }
         }
     }
@@ -427,13 +294,6 @@ fn build(directory: &Path, program: &Path, display: &mut Display) -> Result<Clus
     })?;
     cluster.start_all()?;
     Ok(cluster)
-}
-
-/// What rank 0 last said of itself; 0 before it said anything.
-fn steps_done(progress: &Path) -> u64 {
-    let text = std::fs::read_to_string(progress).unwrap_or_default();
-    let step = text.trim().strip_prefix("step ");
-    step.and_then(|step| step.parse().ok()).unwrap_or(0)
 }
 
 /// Bits that differ between two fields.
