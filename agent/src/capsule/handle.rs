@@ -350,23 +350,9 @@ impl Capsule {
         }
     }
 
-    /// Removes socket, hosts file and cgroup of a capsule that has ended.
-    pub fn clean_up(&self) {
-        for path in [Some(&self.socket), self.hosts.as_ref()]
-            .into_iter()
-            .flatten()
-        {
-            if let Err(error) = fs::remove_file(path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::warn!(capsule = self.id, path = %path.display(), %error, "not removed");
-            }
-        }
-        if let Some(cgroup) = &self.cgroup
-            && let Err(error) = cgroup::remove(cgroup)
-        {
-            tracing::warn!(capsule = self.id, path = %cgroup.display(), %error, "not removed");
-        }
+    /// Removes what belonged to a capsule that has ended.
+    fn clean_up(&self) {
+        remove_remains(&self.id, &self.socket, self.hosts(), self.cgroup());
     }
 
     /// Its cgroup's directory.
@@ -392,6 +378,22 @@ impl Capsule {
             id: self.id.clone(),
             source,
         }
+    }
+}
+
+/// Removes socket, hosts file and cgroup of a capsule that has ended.
+pub fn remove_remains(id: &str, socket: &Path, hosts: Option<&Path>, cgroup: Option<&Path>) {
+    for path in [Some(socket), hosts].into_iter().flatten() {
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(capsule = id, path = %path.display(), %error, "not removed");
+        }
+    }
+    if let Some(cgroup) = cgroup
+        && let Err(error) = cgroup::remove(cgroup)
+    {
+        tracing::warn!(capsule = id, path = %cgroup.display(), %error, "not removed");
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::record::{Kind, Record};
 use super::{Body, Member, note_end, short_name};
-use crate::capsule::handle::wait_readable;
+use crate::capsule::handle::{remove_remains, wait_readable};
 use crate::capsule::protocol::Answer;
 use crate::capsule::{Capsule, CapsuleError};
 use crate::members::Adopted;
@@ -139,7 +139,7 @@ fn find_one(node: &Node, record: Record) -> Option<Arc<Member>> {
         } => {
             let id = short_name(&key);
             let socket = node.run_path("capsules", &format!("{id}.sock"));
-            match Capsule::attach(&id, &socket, hosts, cgroup) {
+            match Capsule::attach(&id, &socket, hosts.clone(), cgroup.clone()) {
                 Ok(Some((capsule, status))) if status.root.is_some() => {
                     let ended = ended.or(status.ended);
                     Some(Member::new(
@@ -157,7 +157,10 @@ fn find_one(node: &Node, record: Record) -> Option<Arc<Member>> {
                     remove(node, &key);
                     None
                 }
-                Ok(None) => lost(key, owner, ended),
+                Ok(None) => {
+                    remove_remains(&id, &socket, hosts.as_deref(), cgroup.as_deref());
+                    lost(key, owner, ended)
+                }
                 Err(error) => {
                     tracing::error!(member = %key, %error, "a capsule does not answer");
                     None

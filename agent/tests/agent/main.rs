@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use epochs::{a_dead_engine, a_hold_ends_by_its_lease, an_abort, no_partner};
-use members::{a_check, a_member_runs, a_restart, an_older_term};
+use members::{a_check, a_member_runs, a_restart, an_end_unseen, an_older_term};
 use restores::{a_missing_image, a_real_tree, an_epoch};
 
 const REAL_ENGINE: &str = "real-engine";
@@ -82,6 +82,7 @@ const TESTS: &[(&str, fn())] = &[
     ("an_agent_that_restarts_finds_its_members", || {
         run(a_restart())
     }),
+    ("an_end_that_no_agent_saw_is_told", || run(an_end_unseen())),
     ("an_older_term_is_refused", || run(an_older_term())),
     ("a_check_finds_what_there_is", || run(a_check())),
 ];

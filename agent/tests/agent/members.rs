@@ -150,6 +150,41 @@ pub async fn a_restart() {
     assert_eq!(*members, []);
 }
 
+/// What ended while no agent ran is told once one runs again, and nothing of it is left.
+pub async fn an_end_unseen() {
+    let cluster = Cluster::new();
+    let mut one = cluster.agent("n1").await;
+    let key = cluster::key("12", 1);
+    let pid = start(&mut one.link, &key, "exec sleep 1000").await;
+    one.stop().await;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let init: i32 = stat.split(' ').nth(3).unwrap().parse().unwrap();
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(cgroup.contains("12-1-0"), "{cgroup}");
+    let init = rustix::process::Pid::from_raw(init).unwrap();
+    let pidfd = rustix::process::pidfd_open(init, rustix::process::PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).unwrap();
+    let mut fds = [rustix::event::PollFd::new(
+        &pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    rustix::event::poll(&mut fds, None).unwrap();
+
+    let mut one = cluster.agent("n1").await;
+    let answer = &one.link.hello;
+    let FromAgent::Hello { members, .. } = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!(
+        (members.len(), members[0].ended),
+        (1, Some(ExitStatus::Lost))
+    );
+    let capsules = cluster.settings("n1").run_dir.join("capsules");
+    assert_eq!(std::fs::read_dir(capsules).unwrap().count(), 0);
+    kill(&mut one.link, &key).await;
+    one.link.tell(ToAgent::Forget { key }).await;
+}
+
 pub async fn an_older_term() {
     let cluster = Cluster::new();
     let mut one = cluster.agent_with(cluster.settings("n1"), Term(5)).await;
