@@ -39,7 +39,8 @@ pub fn compare(
     collection: &mut Collection,
 ) -> Result<()> {
     let subject = format!("{} {}", size_label(bytes), pages.label());
-    let mut tree = Tree::start(bytes, pages)?;
+    let home = tempfile::tempdir_in(scratch).explain(scratch.display())?;
+    let mut tree = Tree::start(bytes, pages, home.path())?;
     for round in 0..rounds {
         let baseline;
         let candidate;

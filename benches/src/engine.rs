@@ -36,7 +36,8 @@ pub fn measure(
     let subject = format!("{} {}", size_label(bytes), pages.label());
     let mut copy = MemoryCopy::new();
     copy.run(bytes);
-    let mut tree = Tree::start(bytes, pages)?;
+    let home = tempfile::tempdir_in(scratch).explain(scratch.display())?;
+    let mut tree = Tree::start(bytes, pages, home.path())?;
     if pages == Pages::Huge {
         let share = tree.huge_share()?;
         if share < 0.9 {

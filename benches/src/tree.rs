@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write, pipe};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crcoord_common::wire::engine::LeftOut;
@@ -27,18 +28,24 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// Starts a specimen and waits until its memory is there.
-    pub fn start(bytes: u64, pages: Pages) -> Result<Tree> {
+    /// Starts a specimen and waits until its memory is there. It runs from a copy in `home`, which
+    /// must live as long: a process that maps the restorer's own program cannot be given back that
+    /// program (EBUSY of PR_SET_MM_MAP, prctl(2)).
+    pub fn start(bytes: u64, pages: Pages, home: &Path) -> Result<Tree> {
         // What an engine brings back is reaped here, so that its pid is free for the next round.
         set_child_subreaper(Some(getpid())).explain("becoming a subreaper")?;
         let own = std::env::current_exe().explain("own path")?;
-        let own = own.to_str().explain("own path is no UTF-8")?;
+        let program = home.join("specimen");
+        fs::copy(&own, &program).explain(program.display())?;
+        let program = program
+            .to_str()
+            .explain("the scratch directory is no UTF-8")?;
         let (input, to) = pipe().explain("making a pipe")?;
         let (from, output) = pipe().explain("making a pipe")?;
         let nowhere = File::create("/dev/null").explain("/dev/null")?;
         // Nothing of the caller's descriptors, session or terminal is to be captured.
-        let arguments = [own, specimen::ROLE, &bytes.to_string(), pages.word()];
-        let spawned = Spawn::new(own, &arguments, &[])
+        let arguments = [program, specimen::ROLE, &bytes.to_string(), pages.word()];
+        let spawned = Spawn::new(program, &arguments, &[])
             .explain("starting the specimen")?
             .descriptors(vec![input.as_fd(), output.as_fd(), nowhere.as_fd()])
             .new_session()
