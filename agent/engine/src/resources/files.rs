@@ -9,6 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use crcoord_common::ids::ObjectId;
 use crcoord_common::image::{ImageRecord, ObjectKind, Record};
 use crcoord_common::report::Report;
+use crcoord_fs::identity::{FileIdentity, leads_to};
+use crcoord_fs::rollback::{RollbackError, cut_back};
 use crcoord_kernel::sys;
 use serde::{Deserialize, Serialize};
 
@@ -83,22 +85,23 @@ fn check(_: &CaptureContext<'_>, all: &[&Description]) -> Vec<Report> {
 
 /// The path must still lead to the open file: else a restart would open another one.
 fn same_file(pid: i32, path: &str, description: &Description) -> std::result::Result<(), Report> {
-    let metadata = std::fs::metadata(format!("/proc/{pid}/root{path}")).map_err(|error| {
-        obstacle(
+    let file = FileIdentity {
+        device: description.device,
+        inode: description.inode,
+    };
+    match leads_to(pid, path, file) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(obstacle(
+            "engine-file-replaced",
+            "its path leads to another file by now",
+        )
+        .remedy("keep open files at their paths")),
+        Err(error) => Err(obstacle(
             "engine-file-gone",
             format!("its path cannot be looked up: {error}"),
         )
         .remedy("keep open files at their paths")
-        .errno(error.raw_os_error())
-    })?;
-    if (metadata.dev(), metadata.ino()) == (description.device, description.inode) {
-        Ok(())
-    } else {
-        Err(obstacle(
-            "engine-file-replaced",
-            "its path leads to another file by now",
-        )
-        .remedy("keep open files at their paths"))
+        .errno(error.raw_os_error())),
     }
 }
 
@@ -153,7 +156,7 @@ impl FileImage {
             .into());
         }
         if let Some(size) = self.written_size {
-            cut_back(&file, metadata.len(), size).map_err(at)?;
+            cut_back(&file, size).map_err(|error| at(not_rolled_back(&error)))?;
         }
         const O_PATH: u32 = 0o10_000_000;
         if self.flags & O_PATH == 0 && self.position != 0 {
@@ -167,20 +170,14 @@ impl FileImage {
     }
 }
 
-/// What the job wrote behind the cut is cut off: it will write it again.
-fn cut_back(file: &File, now: u64, then: u64) -> std::result::Result<(), Report> {
-    if now < then {
-        return Err(obstacle(
-            "engine-file-shorter",
-            format!("the file has {now} bytes, at the checkpoint it had {then}"),
-        )
-        .remedy("put the file's content back, or restart from another epoch"));
+fn not_rolled_back(error: &RollbackError) -> Report {
+    let report = obstacle("engine-file-rollback", error.to_string());
+    match error {
+        RollbackError::Shorter { .. } => {
+            report.remedy("put the file's content back, or restart from another epoch")
+        }
+        RollbackError::Io(error) => report.errno(error.raw_os_error()),
     }
-    if now > then {
-        file.set_len(then)
-            .map_err(|error| failure("ftruncate", &error))?;
-    }
-    Ok(())
 }
 
 /// Opens a path with the job owner's rights.
