@@ -100,6 +100,7 @@ impl Original {
             .iter()
             .fold(process_pending, |all, info| all | signal_bit(info));
         let mut registers = thread.registers().map_err(failed("reading registers"))?;
+        registers.recall_restarted(|address, bytes| memory::read(pid, address, bytes));
         let rseq = thread.rseq().map_err(failed("reading rseq"))?;
         if rseq.address != 0 {
             leave_critical_section(pid, rseq.address, &mut registers)

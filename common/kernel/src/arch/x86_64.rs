@@ -1,6 +1,8 @@
 //! x86-64: user registers, extended state, the code that is injected and the signal frame by which
 //! an injected thread finds back to its program on its own.
 
+use std::io;
+
 use convert::field;
 
 /// The NT_PRSTATUS registers of a thread (`struct user_regs_struct`).
@@ -37,6 +39,40 @@ const ENDS_WITH_EINTR: [i64; 7] = [
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
 ];
+
+/// Calls that the kernel restarts by `restart_syscall` (users of `set_restart_fn`, Linux 6.18).
+const HAVE_RESTART_BLOCK: [i64; 4] = [
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_poll,
+    libc::SYS_futex,
+];
+/// How far before a `syscall` instruction its number may be loaded, in bytes.
+const CODE_LOOKED_AT: usize = 64;
+const MOV_EAX: u8 = 0xb8;
+const MOV_EDI: u8 = 0xbf;
+/// The end of the C library's function syscall(2) before its `syscall` instruction: its arguments
+/// move one register further each, and so does the number, out of sight.
+const SYSCALL_FUNCTION: [u8; 23] = [
+    0x48, 0x89, 0xf8, // mov rax, rdi
+    0x48, 0x89, 0xf7, // mov rdi, rsi
+    0x48, 0x89, 0xd6, // mov rsi, rdx
+    0x48, 0x89, 0xca, // mov rdx, rcx
+    0x4d, 0x89, 0xc2, // mov r10, r8
+    0x4d, 0x89, 0xc8, // mov r8, r9
+    0x4c, 0x8b, 0x4c, 0x24, 0x08, // mov r9, [rsp+8]
+];
+
+/// The number of a call with a restart block that the code loads last by `mov REGISTER, NUMBER`.
+fn loaded_number(code: &[u8], instruction: u8) -> Option<u8> {
+    let loaded = code.windows(5).rev().filter_map(|bytes| match *bytes {
+        [first, number, 0, 0, 0] if first == instruction => Some(number),
+        _ => None,
+    });
+    loaded
+        .into_iter()
+        .find(|number| HAVE_RESTART_BLOCK.contains(&i64::from(*number)))
+}
 
 impl Registers {
     /// Instruction pointer.
@@ -111,6 +147,47 @@ impl Registers {
         }
         registers.0.orig_rax = u64::MAX;
         registers
+    }
+
+    /// Says again which call the thread sleeps in when the kernel has already restarted it once
+    /// (restart_syscall(2), after a stop signal or an earlier hold): the number is gone from the
+    /// registers, and only the code before the `syscall` instruction tells it. `read` reads code.
+    /// Where that tells nothing the registers stay, and the call ends with EINTR in a copy.
+    pub fn recall_restarted(&mut self, read: impl Fn(u64, &mut [u8]) -> io::Result<()>) {
+        let restart = libc::SYS_restart_syscall;
+        let within = self.system_call() == restart && self.result() == ERESTART_RESTARTBLOCK;
+        // Let go a moment ago, and not in the call again yet.
+        let before = self.system_call() < 0 && self.0.rax as i64 == restart;
+        if !within && !before {
+            return;
+        }
+        let end = if before {
+            self.0.rip
+        } else {
+            self.0.rip.wrapping_sub(SYSTEM_CALL_BYTES)
+        };
+        let mut code = [0; CODE_LOOKED_AT + SYSTEM_CALL_BYTES as usize];
+        if read(end.wrapping_sub(CODE_LOOKED_AT as u64), &mut code).is_err() {
+            return;
+        }
+        let (code, instruction) = code.split_at(CODE_LOOKED_AT);
+        let number = if code.ends_with(&SYSCALL_FUNCTION) {
+            let mut caller = [0; 8];
+            let mut before_call = [0; CODE_LOOKED_AT];
+            let at =
+                |caller: [u8; 8]| u64::from_ne_bytes(caller).wrapping_sub(CODE_LOOKED_AT as u64);
+            read(self.0.rsp, &mut caller)
+                .and_then(|()| read(at(caller), &mut before_call))
+                .ok()
+                .and_then(|()| loaded_number(&before_call, MOV_EDI))
+        } else {
+            loaded_number(code, MOV_EAX)
+        };
+        if let (Some(number), [0x0f, 0x05]) = (number, instruction) {
+            self.0.orig_rax = u64::from(number);
+            self.0.rax = ERESTART_RESTARTBLOCK as u64;
+            self.0.rip = end + SYSTEM_CALL_BYTES;
+        }
     }
 
     fn reissue(&mut self, number: u64) {
@@ -373,6 +450,33 @@ fn standard_size(features: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_that_was_restarted_is_recalled_from_the_code() {
+        let mut code = [0x90; CODE_LOOKED_AT + 2];
+        // mov eax, 230; xor edx, edx; syscall
+        code[57..].copy_from_slice(&[0xb8, 230, 0, 0, 0, 0x31, 0xd2, 0x0f, 0x05]);
+        let read = |at: u64, bytes: &mut [u8]| {
+            assert_eq!(at, 0x1000);
+            bytes.copy_from_slice(&code);
+            io::Result::Ok(())
+        };
+        // SAFETY: a struct of plain integers; all zero is a valid value.
+        let mut within = Registers(unsafe { std::mem::zeroed() });
+        within.0.rip = 0x1000 + 66;
+        within.0.orig_rax = libc::SYS_restart_syscall as u64;
+        within.0.rax = ERESTART_RESTARTBLOCK as u64;
+        let mut before = within;
+        before.0.rip -= 2;
+        before.0.orig_rax = u64::MAX;
+        before.0.rax = libc::SYS_restart_syscall as u64;
+        for mut registers in [within, before] {
+            registers.recall_restarted(read);
+            assert_eq!(registers.system_call(), libc::SYS_clock_nanosleep);
+            assert_eq!(registers.0.rip, 0x1000 + 66);
+            assert_eq!(registers.interrupted(false), Interrupted::RestartBlock);
+        }
+    }
 
     #[test]
     fn registers_survive_bytes() {
