@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crcoord_kernel::namespace::{Namespace, NamespaceKind, in_network_namespace, loopback_up};
 use crcoord_kernel::sys;
 
-use crate::{PATIENCE, eventually};
+use crate::{PATIENCE, binaries, eventually};
 
 /// Bash reaps every child that it gets, and ends when the test closes its standard input. Its argument
 /// is the pid before the first one that the namespace hands out.
@@ -32,6 +32,7 @@ const MOST_NAMESPACES: u32 = 30;
 /// init adopts. Arguments: directory of the streams, then the program.
 const LAUNCH: &str = r#"
 directory=$1; shift
+cd "$directory" || exit
 for entry in /proc/$$/fd/*; do
     number=${entry##*/}
     case $number in 0|1|2) ;; *) eval "exec $number>&-" ;; esac
@@ -95,6 +96,8 @@ impl Sandbox {
         reason = "what starts processes is not a default"
     )]
     pub fn new() -> Sandbox {
+        // Built before anything is started whose time runs.
+        binaries::crcoord();
         let number = NAMESPACES.fetch_add(1, Ordering::Relaxed) % MOST_NAMESPACES;
         let pid = FIRST_PID + number * PIDS_EACH;
         let mut unshare = Command::new("unshare")
@@ -120,12 +123,19 @@ impl Sandbox {
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or_else(|| panic!("no init in {children}"));
         let sandbox = Sandbox { unshare, init };
-        let network = Namespace::of_process(init, NamespaceKind::Network)
-            .unwrap_or_else(|error| panic!("{error}"));
-        in_network_namespace(network.as_fd(), loopback_up)
+        in_network_namespace(sandbox.network().as_fd(), loopback_up)
             .and_then(|outcome| outcome)
             .unwrap_or_else(|error| panic!("lo: {error}"));
         sandbox
+    }
+
+    /// The network namespace.
+    ///
+    /// # Panics
+    /// The init is gone.
+    pub fn network(&self) -> Namespace {
+        Namespace::of_process(self.init, NamespaceKind::Network)
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// A command inside, with this process's standard streams unless told otherwise.
@@ -159,7 +169,6 @@ impl Sandbox {
         }
         let status = command
             .args(&program.line)
-            .current_dir(directory)
             .status()
             .expect("nsenter (package util-linux) starts");
         assert!(status.success(), "starting {:?}: {status}", program.line);
@@ -259,7 +268,7 @@ impl Sandbox {
     /// # Panics
     /// `nft` is not installed or fails.
     pub fn firewall_tables(&self) -> String {
-        let nft = crate::binaries::installed("/usr/sbin/nft", "nftables");
+        let nft = binaries::installed("/usr/sbin/nft", "nftables");
         let output = self
             .command(nft)
             .args(["list", "tables"])

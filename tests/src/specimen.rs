@@ -107,6 +107,16 @@ impl Specimen {
         }
     }
 
+    /// Requires that it still waits for go: a program that was disturbed may see it by itself.
+    ///
+    /// # Panics
+    /// It has given its verdict.
+    pub fn assert_waits(&self, what: &str) {
+        if let Ok(verdict) = fs::read_to_string(self.work().join("result")) {
+            panic!("{}, {what}: {verdict}; {}", self.name, self.complaint());
+        }
+    }
+
     /// A path for an image or the like beside the run's files.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

@@ -95,6 +95,7 @@ fn dump_is_killed(name: &str, leave_running: bool) {
             sandbox.assert_runs(&what);
             sandbox.await_pids(&format!("{what}: no copy is left"), &tree);
             assert_eq!(sandbox.firewall_tables(), "", "{what}");
+            specimen.assert_waits(&what);
         }
         specimen.verify(&format!("{flow}, stops before {}", stops.next));
     }

@@ -14,10 +14,13 @@ const LEAVE_RUNNING: DumpOptions = DumpOptions {
     kill_at_stop: 0,
 };
 
-/// Dumps and restores twice over, each time in a fresh namespace; the program then checks itself.
+/// Dumps and restores twice over, each time in a fresh namespace, the first time after a dump that
+/// left it running; the program then checks itself.
 fn survives(specimen: &Specimen) {
     let mut sandbox = Sandbox::new();
     let pid = specimen.start(&sandbox);
+    let image = specimen.beside("image-0");
+    sandbox.dump(pid, &image, LEAVE_RUNNING).done("round 0");
     for round in 1..=2 {
         let image = specimen.beside(&format!("image-{round}"));
         let what = format!("round {round}");
