@@ -23,6 +23,8 @@ pub struct Outbox {
 pub struct Outgoing {
     messages: mpsc::UnboundedReceiver<Frame<FromAgent>>,
     output: mpsc::Receiver<Frame<FromAgent>>,
+    /// A member's end, and how many messages of output may have been queued before it.
+    held: Option<(Frame<FromAgent>, usize)>,
 }
 
 /// A new queue.
@@ -34,6 +36,7 @@ pub fn outbox() -> (Outbox, Outgoing) {
         Outgoing {
             messages: messages_out,
             output: output_out,
+            held: None,
         },
     )
 }
@@ -73,13 +76,29 @@ impl Outbox {
 }
 
 impl Outgoing {
-    /// The next message; answers and events go before output. Its term is 0 for events, which the
-    /// sender fills in. Cancel-safe.
+    /// The next message; answers and events go before output, but no member's end before its last
+    /// words. Its term is 0 for events, which the sender fills in. Cancel-safe.
     pub async fn next(&mut self) -> Option<Frame<FromAgent>> {
-        tokio::select! {
-            biased;
-            message = self.messages.recv() => message,
-            Some(output) = self.output.recv() => Some(output),
+        if self.held.is_none() {
+            let message = tokio::select! {
+                biased;
+                message = self.messages.recv() => message,
+                Some(output) = self.output.recv() => return Some(output),
+            };
+            match message {
+                Some(end) if matches!(end.body, FromAgent::Ended { .. }) => {
+                    self.held = Some((end, self.output.len()));
+                }
+                other => return other,
+            }
+        }
+        let (end, before) = self.held.take()?;
+        match before.checked_sub(1).zip(self.output.try_recv().ok()) {
+            Some((before, output)) => {
+                self.held = Some((end, before));
+                Some(output)
+            }
+            None => Some(end),
         }
     }
 }
@@ -113,5 +132,32 @@ impl Reply {
             Ok(body) => self.send(body),
             Err(report) => self.fail(report),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crcoord_common::wire::member::ExitStatus;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_members_end_follows_its_last_words_and_answers_overtake_both() {
+        let (outbox, mut outgoing) = outbox();
+        let key: MemberKey = "c/1@2#3.4".parse().unwrap();
+        for byte in 0..3 {
+            assert!(outbox.output(key.clone(), 1, vec![byte]).await);
+        }
+        outbox.reply(RequestId(1), Term(1)).send(FromAgent::Done);
+        let status = ExitStatus::Exited(0);
+        outbox.event(FromAgent::Ended { key, status });
+        let mut seen = Vec::new();
+        for _ in 0..5 {
+            seen.push(outgoing.next().await.unwrap().body);
+        }
+        assert!(matches!(seen[0], FromAgent::Done));
+        let output = |body: &FromAgent| matches!(body, FromAgent::Output { .. });
+        assert!(seen[1..4].iter().all(output), "{seen:?}");
+        assert!(matches!(seen[4], FromAgent::Ended { .. }));
     }
 }
