@@ -7,6 +7,9 @@
 #![forbid(unsafe_code)]
 
 pub mod binaries;
+pub mod cluster;
+pub mod cluster_phase;
+pub mod cluster_work;
 pub mod engine;
 pub mod random;
 pub mod sandbox;
