@@ -89,10 +89,7 @@ fn one(binary: &Path, tree: Tree, scratch: &Path) -> Result<(Tree, Round)> {
     let frozen = frozen(&said).explain(format!("{}: no freeze in {said:?}", binary.display()))?;
     tree.end()?;
     let mut command = Command::new(binary);
-    command
-        .args(["engine", "restore", "--dir"])
-        .arg(&image)
-        .stderr(Stdio::null());
+    command.args(["engine", "restore", "--dir"]).arg(&image);
     let start = Instant::now();
     let (mut tree, _) = Tree::restored_by(&mut command, pid, false)?;
     let restore = start.elapsed();

@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 
 use crcoord_common::wire::engine::LeftOut;
 use crcoord_kernel::process_control::Spawn;
-use rustix::process::{Pid, WaitOptions, getpid, set_child_subreaper, waitpid};
+use rustix::io::Errno;
+use rustix::process::{WaitOptions, getpid, set_child_subreaper, wait};
 
 use crate::arguments::Pages;
 use crate::failure::{Explain, Failure, Result};
@@ -124,16 +125,29 @@ impl Tree {
             .collect()
     }
 
-    /// Ends it and waits until its pid is free.
+    /// Ends it and waits until its pid is free. The caller must have no other children.
     pub fn end(self) -> Result<()> {
         let Tree { pid, to, from } = self;
         drop((to, from));
-        let status = waitpid(Pid::from_raw(pid), WaitOptions::empty())
-            .explain(format!("waiting for {pid}"))?;
-        match status {
-            Some((_, status)) if status.exit_status() == Some(0) => Ok(()),
-            other => Err(Failure(format!("the specimen ended with {other:?}"))),
+        let mut status = None;
+        // Snapshot copies of the tree are in its session and collected by its reaper, which is this
+        // process: as long as one of them is there, the number of the session is in use.
+        loop {
+            match wait(WaitOptions::empty()) {
+                Ok(Some((child, ended))) if child.as_raw_nonzero().get() == pid => {
+                    status = ended.exit_status();
+                }
+                Ok(_) => {}
+                Err(Errno::CHILD) => break,
+                Err(error) => return Err(Failure(format!("waiting for {pid}: {error}"))),
+            }
         }
+        if status == Some(0) {
+            return Ok(());
+        }
+        Err(Failure(format!(
+            "specimen {pid} ended with status {status:?}"
+        )))
     }
 
     fn expect(&mut self, word: &str) -> Result<()> {
