@@ -2,6 +2,9 @@
 //! behind when it is interrupted. Needs the right to make namespaces and says so.
 #![allow(clippy::unwrap_used)]
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -20,13 +23,9 @@ fn processes_of(session: u32) -> usize {
         .count()
 }
 
-#[test]
-fn a_job_that_lost_a_node_ends_with_the_same_bits() {
-    let output = Command::new(env!("CARGO_BIN_EXE_crcoord"))
-        .args(SMALL)
-        .arg("--json")
-        .output()
-        .unwrap();
+/// Plays the demo and checks what it says of itself.
+fn play(mut command: Command) {
+    let output = command.args(SMALL).arg("--json").output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(
         output.status.success(),
@@ -40,6 +39,27 @@ fn a_job_that_lost_a_node_ends_with_the_same_bits() {
     assert_eq!(data["nodes"], serde_json::json!(["n1", "n4", "n3"]));
     assert_eq!(data["epochs"].as_array().unwrap().len(), 2);
     assert!(data["longest_freeze_us"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_job_that_lost_a_node_ends_with_the_same_bits() {
+    play(Command::new(env!("CARGO_BIN_EXE_crcoord")));
+}
+
+#[test]
+fn the_same_without_root_in_a_user_namespace() {
+    const NOBODY: u32 = 65_534;
+    // Nobody may not be allowed to look into the build's directory.
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("crcoord");
+    std::fs::copy(env!("CARGO_BIN_EXE_crcoord"), &program).unwrap();
+    let mut command = Command::new(program);
+    command.current_dir("/");
+    if rustix::process::geteuid().is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    play(command);
 }
 
 #[test]

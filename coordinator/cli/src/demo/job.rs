@@ -53,6 +53,7 @@ impl Job {
         problem: &Problem,
         id: &str,
         nodes: &[NodeName],
+        network: NetworkMode,
         display: &mut Display,
     ) -> Result<Self, Failure> {
         let id: JobId = id
@@ -83,7 +84,7 @@ impl Job {
             },
             groups: groups_of_caller()?,
             stdio: Stdio::Caller,
-            network: NetworkMode::Virtual,
+            network,
             run_lease_ms: Some(RUN_LEASE.as_millis() as u64),
             attach: true,
         };

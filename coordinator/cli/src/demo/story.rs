@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crcoord_common::hostlist::HostList;
 use crcoord_common::ids::{Incarnation, JobId, NodeName};
 use crcoord_common::wire::client::{EpochInfo, Event, Phase, Request};
-use crcoord_common::wire::member::Placement;
+use crcoord_common::wire::member::{NetworkMode, Placement};
 
 use super::cluster::{Cluster, Options};
 use super::display::{Display, Findings};
@@ -102,7 +102,9 @@ impl Story {
         self.measure(&nodes, display).await?;
 
         display.begin("reference run without interruption");
-        let reference = self.run("reference", &nodes, display).await?;
+        let reference = self
+            .run("reference", &nodes, NetworkMode::Host, display)
+            .await?;
         let reference = reference.follow(display).await?;
         display.line(
             "reference",
@@ -110,7 +112,9 @@ impl Story {
         );
 
         display.begin("job 42");
-        let mut job = self.run("42", &nodes, display).await?;
+        let mut job = self
+            .run("42", &nodes, NetworkMode::Virtual, display)
+            .await?;
         let mut epochs = Vec::new();
         let mut cut = Instant::now();
         for part in CHECKPOINTS {
@@ -190,14 +194,14 @@ impl Story {
     /// Chooses the number of steps so that the computation takes [`SECONDS`] on this machine.
     async fn measure(&mut self, nodes: &[NodeName], display: &mut Display) -> Result<(), Failure> {
         display.begin("measuring the machine");
-        let mut job = self.run("trial", nodes, display).await?;
+        let mut job = self.run("trial", nodes, NetworkMode::Host, display).await?;
         job.until(UNIT, display).await?;
         let begin = Instant::now();
         job.follow(display).await?;
         let rate = (TRIAL_STEPS - UNIT) as f64 / begin.elapsed().as_secs_f64().max(0.001);
         self.problem.steps = ((rate * SECONDS) as u64)
             .next_multiple_of(UNIT)
-            .max(16 * UNIT);
+            .max(8 * UNIT);
         let size = self.problem.size;
         display.line(
             "problem",
@@ -209,13 +213,23 @@ impl Story {
         Ok(())
     }
 
+    /// Only the job that moves needs addresses that move with it; the others use their nodes'.
     async fn run(
         &self,
         id: &str,
         nodes: &[NodeName],
+        network: NetworkMode,
         display: &mut Display,
     ) -> Result<Job, Failure> {
-        Job::start(&self.cluster.socket(), &self.problem, id, nodes, display).await
+        Job::start(
+            &self.cluster.socket(),
+            &self.problem,
+            id,
+            nodes,
+            network,
+            display,
+        )
+        .await
     }
 
     /// One checkpoint, and the moment when all members were frozen.
