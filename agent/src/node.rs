@@ -139,6 +139,28 @@ impl Node {
         {
             return Ok(connection.clone());
         }
+        let connection = self.connect(node, address).await?;
+        partners.insert(address, connection.clone());
+        Ok(connection)
+    }
+
+    /// The same, surely to the agent that runs there now: a connection to one that was killed looks
+    /// well until its idle time is over, and a part that is put there would be lost.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn partner_of_now(
+        &self,
+        node: &str,
+        address: SocketAddr,
+    ) -> Result<Connection, ConnectError> {
+        let connection = self.connect(node, address).await?;
+        let mut partners = self.partners.lock().await;
+        partners.insert(address, connection.clone());
+        Ok(connection)
+    }
+
+    async fn connect(&self, node: &str, address: SocketAddr) -> Result<Connection, ConnectError> {
         let identity = self.endpoint.identity();
         let expected =
             identity
@@ -148,9 +170,7 @@ impl Node {
                     address,
                     reason: error.to_string(),
                 })?;
-        let connection = self.endpoint.connect(address, &expected).await?;
-        partners.insert(address, connection.clone());
-        Ok(connection)
+        self.endpoint.connect(address, &expected).await
     }
 
     /// Free bytes of the agent's own store, 0 where that cannot be told. Blocks.

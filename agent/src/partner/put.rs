@@ -62,7 +62,7 @@ impl RemotePart {
         own: Arc<dyn StagedPart>,
     ) -> Result<Arc<Self>, Report> {
         let connection = node
-            .partner(partner, address)
+            .partner_of_now(partner, address)
             .await
             .map_err(|error| error.report())?;
         let header = BulkHeader::Put {
