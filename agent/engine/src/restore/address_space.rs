@@ -41,13 +41,16 @@ pub fn restore(
     check_kernel_mappings(space, &kernel, stub)?;
     unmap_own(stub, area, &kernel)?;
     move_kernel_mappings(image, space, &kernel, stub, area)?;
+    // The kernel exchanges the program's file only while nothing of the old one is mapped, and the
+    // image may map the builder's own.
+    set_bounds(space, stub, opened)?;
     let mut calls = Vec::with_capacity(space.mappings.len());
     for mapping in &space.mappings {
         calls.extend(map(mapping, opened, space.pid)?);
         calls.extend(advise(mapping));
     }
     stub.run_all(&calls)?;
-    set_bounds(space, stub, opened)
+    Ok(())
 }
 
 /// The stub came from a process whose C library had registered rseq: the kernel would write there.

@@ -136,7 +136,10 @@ fn in_use(error: StubError, pid: i32) -> EngineError {
         StubError::Call { error, .. } if error.raw_os_error() == Some(EEXIST) => {
             obstacle("engine-pid-in-use", format!("pid {pid} is in use"))
                 .pid(pid)
-                .remedy("restore into a PID namespace of its own, or end that process")
+                .remedy(
+                    "restore into a PID namespace of its own, or end that process and all of its \
+                     group and session",
+                )
                 .into()
         }
         StubError::Call { error, .. } if error.raw_os_error() == Some(EPERM) => {
