@@ -1,13 +1,11 @@
 //! `crcoord engine`: capture and restore of one process tree alone, without daemons.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use crcoord_common::exit::ExitCode;
-use crcoord_common::image::{
-    Architecture, Manifest, ManifestBody, ManifestError, PageRun, SealingKey,
-};
+use crcoord_common::image::{Architecture, Manifest, ManifestBody, PageRun, SealingKey};
 use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::control::CaptureOptions;
 use crcoord_common::wire::engine::{CaptureTarget, LeftOut, RestoreTarget, Scope};
@@ -189,7 +187,7 @@ const STREAMS: [(i32, &str); 3] = [(0, "stdin"), (1, "stdout"), (2, "stderr")];
 
 impl Restore {
     fn execute(self) -> Outcome {
-        let image = ImageDirectory::open(&self.dir).map_err(|error| from_store(&error))?;
+        let image = ImageDirectory::open(&self.dir).map_err(|e| from_image(&e, &self.dir))?;
         let manifest =
             Manifest::decode(image.manifest(), &SealingKey::Checksum, page_size() as u32)
                 .map_err(|error| refused(&error, &self.dir))?;
@@ -197,7 +195,7 @@ impl Restore {
         let reader = PartReader::new(&memory, page_size(), &image);
         let damage = reader.verify(1);
         if let Some(first) = damage.damage.first() {
-            return Err(from_store(&first.error));
+            return Err(from_image(&first.error, &self.dir));
         }
         let target = RestoreTarget {
             capsule: None,
@@ -227,7 +225,21 @@ impl Restore {
     }
 }
 
-fn refused(error: &ManifestError, directory: &std::path::Path) -> Failure {
+/// An image that cannot be used is an obstacle: nothing was built.
+fn from_image(error: &StoreError, directory: &Path) -> Failure {
+    match error {
+        StoreError::NoImage { .. }
+        | StoreError::Damaged { .. }
+        | StoreError::Foreign { .. }
+        | StoreError::TooNew { .. }
+        | StoreError::Missing { .. }
+        | StoreError::BadChunk { .. }
+        | StoreError::BadRun { .. } => refused(error, directory),
+        _ => from_store(error),
+    }
+}
+
+fn refused(error: &dyn std::error::Error, directory: &Path) -> Failure {
     Report::new("image-refused", Class::Obstacle, error.to_string())
         .path(directory.display().to_string())
         .remedy("take another image")

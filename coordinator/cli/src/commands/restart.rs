@@ -62,27 +62,31 @@ impl Arguments {
             loop {
                 let event = client.next().await?;
                 progress.show(&event);
-                if let Event::Resumed {
-                    job: key,
-                    incarnation,
-                    epoch,
-                    lost_seconds,
-                    placements,
-                } = event
-                {
-                    drop(progress);
-                    let resumed = Resumed {
+                match event {
+                    // A member that runs may speak before all others do.
+                    Event::Output { stream, bytes, .. } => output::forward(stream, &bytes)?,
+                    Event::Resumed {
                         job: key,
                         incarnation,
                         epoch,
                         lost_seconds,
                         placements,
-                    };
-                    resumed.tell(context, self.attach)?;
-                    return match self.attach {
-                        true => run::follow(context, &job, client).await,
-                        false => Ok(ExitCode::SUCCESS),
-                    };
+                    } => {
+                        drop(progress);
+                        let resumed = Resumed {
+                            job: key,
+                            incarnation,
+                            epoch,
+                            lost_seconds,
+                            placements,
+                        };
+                        resumed.tell(context, self.attach)?;
+                        return match self.attach {
+                            true => run::follow(context, &job, client).await,
+                            false => Ok(ExitCode::SUCCESS),
+                        };
+                    }
+                    _ => {}
                 }
             }
         })

@@ -84,15 +84,18 @@ impl Arguments {
         };
         block_on(async {
             let mut client = Client::send(context.socket(), &request).await?;
+            if !self.detach {
+                // A member may speak, and even end, before all others are started.
+                return follow(context, &job, client).await;
+            }
             match client.next().await? {
-                Event::JobStarted { job, placements } if self.detach => match context.json {
+                Event::JobStarted { job, placements } => match context.json {
                     true => output::json("started", (job, placements))?,
                     false => {
                         let nodes = placements.into_iter().map(|place| place.node).collect();
                         output::print(&format!("job {} started on {}", job.id, HostList(nodes)))?;
                     }
                 },
-                Event::JobStarted { .. } => return follow(context, &job, client).await,
                 other => return Err(unexpected(&other)),
             }
             Ok(ExitCode::SUCCESS)

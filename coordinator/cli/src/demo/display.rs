@@ -92,7 +92,9 @@ impl Display {
         self.phase = Instant::now();
         self.streamed.clear();
         self.bar.set_prefix(what.to_owned());
-        self.bar.set_length(0);
+        // A bar of length 0 would be shown full.
+        self.bar.set_length(1);
+        self.bar.set_position(0);
         self.bar.set_message("");
     }
 

@@ -122,6 +122,7 @@ impl Story {
             let (info, at) = self.checkpoint(&job.id, display).await?;
             cut = at;
             display.checkpoint(step, &info);
+            display.begin("job 42");
             epochs.push(info);
         }
 
@@ -154,6 +155,7 @@ impl Story {
                 HostList(on)
             ),
         );
+        display.begin("job 42, second life");
         let field = restarted.follow(display).await?;
         display.line("finish", &format!("{} of {0} steps", self.problem.steps));
         Ok(Findings::new(
