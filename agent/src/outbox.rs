@@ -137,6 +137,7 @@ impl Reply {
 
 #[cfg(test)]
 mod tests {
+    use crcoord_common::ids::{Incarnation, JobKey, MemberId};
     use crcoord_common::wire::member::ExitStatus;
 
     use super::*;
@@ -144,7 +145,15 @@ mod tests {
     #[tokio::test]
     async fn a_members_end_follows_its_last_words_and_answers_overtake_both() {
         let (outbox, mut outgoing) = outbox();
-        let key: MemberKey = "c/1@2#3.4".parse().unwrap();
+        let key = MemberKey {
+            job: JobKey {
+                cluster: "c".parse().unwrap(),
+                id: "1".parse().unwrap(),
+                submitted: 2,
+            },
+            incarnation: Incarnation(3),
+            member: MemberId(4),
+        };
         for byte in 0..3 {
             assert!(outbox.output(key.clone(), 1, vec![byte]).await);
         }
