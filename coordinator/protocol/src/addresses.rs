@@ -58,11 +58,24 @@ impl Pool {
         self.prefix
     }
 
-    /// `count` addresses that are not `taken`, lowest first; `None` when there are not so many. The
-    /// network's own and its broadcast address are never given out.
-    pub(crate) fn allocate(&self, count: usize, taken: &BTreeSet<IpAddr>) -> Option<Vec<IpAddr>> {
-        let size = 1u32 << (32 - self.prefix);
-        let free = (1..size - 1)
+    /// `count` addresses that are not `taken`, the next ones behind `last` first; `None` when there
+    /// are not so many. The network's own and its broadcast address are never given out.
+    ///
+    /// An address comes again as late as possible: the sockets of a job that has ended still speak
+    /// for a while (RFC 9293, TIME-WAIT and retransmissions).
+    pub(crate) fn allocate(
+        &self,
+        count: usize,
+        taken: &BTreeSet<IpAddr>,
+        last: Option<IpAddr>,
+    ) -> Option<Vec<IpAddr>> {
+        let hosts = (1u32 << (32 - self.prefix)) - 2;
+        let begin = match last {
+            Some(IpAddr::V4(last)) => u32::from(last).wrapping_sub(self.base) % hosts,
+            _ => 0,
+        };
+        let free = (0..hosts)
+            .map(|step| (begin + step) % hosts + 1)
             .map(|host| IpAddr::V4(Ipv4Addr::from(self.base + host)))
             .filter(|address| !taken.contains(address));
         let found: Vec<IpAddr> = free.take(count).collect();
@@ -77,14 +90,35 @@ mod tests {
     #[test]
     fn a_pool_gives_each_address_once_and_says_when_it_is_empty() {
         let pool: Pool = "10.0.0.0/30".parse().unwrap();
-        let first = pool.allocate(1, &BTreeSet::new()).unwrap();
+        let first = pool.allocate(1, &BTreeSet::new(), None).unwrap();
         assert_eq!(first, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
         let taken: BTreeSet<IpAddr> = first.into_iter().collect();
         assert_eq!(
-            pool.allocate(1, &taken).unwrap(),
+            pool.allocate(1, &taken, None).unwrap(),
             ["10.0.0.2".parse::<IpAddr>().unwrap()]
         );
-        assert_eq!(pool.allocate(2, &taken), None);
+        assert_eq!(pool.allocate(2, &taken, None), None);
+    }
+
+    #[test]
+    fn an_address_comes_again_as_late_as_possible() {
+        let pool: Pool = "10.0.0.0/29".parse().unwrap();
+        let mut last = None;
+        let mut given = Vec::new();
+        for _ in 0..7 {
+            let next = pool.allocate(1, &BTreeSet::new(), last).unwrap();
+            last = next.last().copied();
+            given.extend(next);
+        }
+        let hosts: Vec<String> = given.iter().map(ToString::to_string).collect();
+        assert_eq!(hosts[0], "10.0.0.1");
+        assert_eq!(hosts[5], "10.0.0.6");
+        assert_eq!(hosts[6], "10.0.0.1");
+        assert_eq!(
+            pool.allocate(3, &BTreeSet::from([given[0]]), Some(given[4]))
+                .unwrap(),
+            [given[5], given[1], given[2]]
+        );
     }
 
     #[test]

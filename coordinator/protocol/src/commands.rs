@@ -245,7 +245,10 @@ impl Coordinator {
             return Err(reasons);
         }
         let addresses = match spec.network {
-            NetworkMode::Virtual => self.core.settings.pool.allocate(nodes.len(), &self.taken()),
+            NetworkMode::Virtual => {
+                let pool = &self.core.settings.pool;
+                pool.allocate(nodes.len(), &self.taken(), self.last_address())
+            }
             NetworkMode::Host => {
                 let bulk = |node| self.core.nodes.bulk(node).map(|bulk| bulk.ip());
                 nodes.iter().map(bulk).collect()
@@ -272,6 +275,16 @@ impl Coordinator {
     }
 
     /// Virtual addresses of jobs that run, or that may be restarted with the same ones.
+    /// The last address that was given out.
+    fn last_address(&self) -> Option<std::net::IpAddr> {
+        let virtual_jobs = self
+            .jobs
+            .values()
+            .filter(|job| job.spec.network == NetworkMode::Virtual);
+        let newest = virtual_jobs.max_by_key(|job| (job.key.submitted, &job.key))?;
+        newest.placements.last().map(|at| at.address)
+    }
+
     fn taken(&self) -> BTreeSet<std::net::IpAddr> {
         let jobs = self.jobs.values();
         let living = jobs.filter(|job| !job.is_over() || !job.committed.is_empty());
