@@ -255,10 +255,13 @@ impl Job {
             "epoch aborted job={} epoch={epoch} reason={why:?}",
             self.key
         ));
-        // An obstacle of the preflight is told as it is: nothing was frozen.
-        let obstacles = reasons.iter().all(|reason| reason.class == Class::Obstacle);
+        // An obstacle of the preflight is told as it is: nothing was frozen. One that comes up later
+        // aborts like any other failure.
+        let untouched = !open.machine.has_held()
+            && !reasons.is_empty()
+            && reasons.iter().all(|reason| reason.class == Class::Obstacle);
         let mut told = reasons;
-        if !obstacles || told.is_empty() {
+        if !untouched {
             told.insert(0, refusal::aborted(&self.key, epoch, &why));
         }
         core.fail(sequence, open.client, told);

@@ -84,6 +84,7 @@ struct Part {
 pub(crate) struct Checkpoint {
     pub(crate) epoch: Epoch,
     stage: Stage,
+    held: bool,
     streamed: bool,
     parts: BTreeMap<MemberId, Part>,
     obstacles: Vec<Report>,
@@ -111,6 +112,7 @@ impl Checkpoint {
         let mut machine = Checkpoint {
             epoch,
             stage: Stage::Preflight,
+            held: false,
             streamed: false,
             parts: parts.collect(),
             obstacles: Vec::new(),
@@ -131,6 +133,11 @@ impl Checkpoint {
             Stage::Stream => Phase::Stream,
             Stage::Decided => Phase::Commit,
         }
+    }
+
+    /// True once members may have been frozen.
+    pub(crate) fn has_held(&self) -> bool {
+        self.held
     }
 
     /// True once members were released, so that parts may lie in stores.
@@ -345,6 +352,7 @@ impl Checkpoint {
 
     fn enter(&mut self, now: Millis, stage: Stage) -> Vec<Effect> {
         self.stage = stage;
+        self.held |= stage == Stage::Hold;
         self.streamed |= stage == Stage::Stream;
         let settings = &self.settings;
         let wait_ms = match stage {

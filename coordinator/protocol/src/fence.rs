@@ -70,6 +70,6 @@ fn no_proof(member: MemberId, node: &NodeName) -> Report {
     .on_node(node)
     .remedy(format!(
         "bring the agent of {node} back, or make sure that the node is off and restart with \
-         --confirmed-dead {node} as root or operator"
+         --confirm-dead {node} as root or operator"
     ))
 }

@@ -195,7 +195,7 @@ fn without_a_proof_the_restart_is_refused_and_nothing_is_touched() {
     assert_eq!(reports[0].class, Class::Obstacle);
     assert_eq!(reports[0].place.node, Some(node("n2")));
     assert!(
-        reports[0].remedy.contains("--confirmed-dead n2"),
+        reports[0].remedy.contains("--confirm-dead n2"),
         "{}",
         reports[0].remedy
     );
