@@ -86,7 +86,7 @@ impl Site {
         site
     }
 
-    /// Builds a cluster and starts no daemon.
+    /// Builds a cluster and starts no daemon. `@` in a setting stands for the directory of [`Site::path`].
     ///
     /// # Panics
     /// It cannot be built: this needs root.
@@ -119,7 +119,7 @@ impl Site {
             nodes: nodes.parse::<HostList>().expect("a list of nodes").0,
             settings: quick
                 .chain(settings.iter().copied())
-                .map(str::to_owned)
+                .map(|line| line.replace('@', &directory.path().display().to_string()))
                 .collect(),
             log: "info".to_owned(),
         })
@@ -239,6 +239,47 @@ impl Site {
             .collect()
     }
 
+    /// A path as a node sees it, for this process: nodes have filesystems of their own.
+    ///
+    /// # Panics
+    /// There is no such node.
+    pub fn path_in(&self, name: &str, path: &Path) -> PathBuf {
+        let init = self.init_of(name);
+        let path = path.strip_prefix("/").expect("an absolute path");
+        Path::new("/proc")
+            .join(init.to_string())
+            .join("root")
+            .join(path)
+    }
+
+    /// A command in a node's namespaces.
+    ///
+    /// # Panics
+    /// There is no such node.
+    pub fn inside(&self, name: &str, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--target={}", self.init_of(name)))
+            .args(["--pid", "--mount", "--net", "--uts", "--ipc", "--"])
+            .arg(program)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn init_of(&self, name: &str) -> i32 {
+        self.cluster.init_of(&node(name)).expect("the node lives")
+    }
+
+    /// The process of a node's agent.
+    ///
+    /// # Panics
+    /// It does not run.
+    pub fn agent_of(&self, name: &str) -> i32 {
+        self.cluster
+            .process_of(&node(name), "agent")
+            .expect("the agent runs")
+    }
+
     /// The logs of all daemons, for a failure's message.
     pub fn logs(&self) -> String {
         let mut text = String::new();
@@ -266,6 +307,22 @@ impl Running {
     /// Its pid.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
+    }
+
+    /// Waits until its standard output is this.
+    ///
+    /// # Panics
+    /// It does not come to that.
+    pub fn until_output(&mut self, text: &str) {
+        until(&format!("{text:?} from crcoord {}", self.line), || {
+            assert!(
+                !self.has_ended(),
+                "crcoord {} ended: {}",
+                self.line,
+                read(&self.error)
+            );
+            read(&self.output) == text
+        });
     }
 
     /// True once it ended.

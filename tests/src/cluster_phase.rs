@@ -37,12 +37,24 @@ impl Still {
     /// # Panics
     /// Not one of many does, or one fails.
     pub fn in_phase(site: &Site, job: &str, wanted: Phase) -> Still {
+        Still::of(site, job, wanted, false)
+    }
+
+    /// The same of one that ends the job after its commit; it has to be in time at once.
+    ///
+    /// # Panics
+    /// It was not, or it fails.
+    pub fn of_last_checkpoint(site: &Site, job: &str, wanted: Phase) -> Still {
+        Still::of(site, job, wanted, true)
+    }
+
+    fn of(site: &Site, job: &str, wanted: Phase, last: bool) -> Still {
         let coordinator = site
             .cluster
             .process_of(&head_name(), "coordinator")
             .expect("the coordinator runs");
-        for _ in 0..ATTEMPTS {
-            let mut still = Still::begin(site, job, coordinator);
+        for _ in 0..if last { 1 } else { ATTEMPTS } {
+            let mut still = Still::begin(site, job, coordinator, last);
             if still.stops_in(wanted) {
                 return still;
             }
@@ -51,10 +63,10 @@ impl Still {
                 panic!("a checkpoint that nobody disturbed: {failure}");
             });
         }
-        panic!("{ATTEMPTS} checkpoints were past {wanted:?} before they could be stopped");
+        panic!("no checkpoint could be stopped in {wanted:?}");
     }
 
-    fn begin(site: &Site, job: &str, coordinator: i32) -> Still {
+    fn begin(site: &Site, job: &str, coordinator: i32, last: bool) -> Still {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -62,7 +74,7 @@ impl Still {
         let request = Request::Checkpoint {
             job: job.parse().expect("a job's id"),
             adopt: None,
-            kill: false,
+            kill: last,
             wait: true,
             reset_external_tcp: false,
         };

@@ -67,6 +67,10 @@ impl Work {
         let words = format!("run --job {} {flags} -- sh -c", self.job);
         let running = site.begin_with(&words, &[&self.script], |_| {});
         self.await_ready();
+        // A program may stand before its coordinator has heard of its start.
+        until(&format!("job {} is started", self.job), || {
+            site.crcoord(&format!("check --job {}", self.job)).code != 1
+        });
         running
     }
 
@@ -75,15 +79,16 @@ impl Work {
         &self.script
     }
 
-    /// Waits until every program stands.
+    /// Waits until every program stands; their pids, as they see themselves.
     ///
     /// # Panics
     /// One fails before.
-    pub fn await_ready(&self) {
-        for run in &self.runs {
+    pub fn await_ready(&self) -> Vec<i32> {
+        let ready = self.runs.iter().map(|run| {
             run.await_ready(CLUSTER_PATIENCE)
-                .unwrap_or_else(|failure| panic!("job {}: {failure}", self.job));
-        }
+                .unwrap_or_else(|failure| panic!("job {}: {failure}", self.job))
+        });
+        ready.collect()
     }
 
     /// Lets all programs verify themselves and requires `ok` of each.
