@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
+use crcoord_common::report::Report;
 use crcoord_common::wire::engine::Scope;
 use crcoord_kernel::inject;
 use crcoord_kernel::proc::{self, Status};
@@ -116,6 +117,16 @@ impl Drop for HeldTree {
     }
 }
 
+/// A process whose main thread has ended while others run.
+pub fn main_thread_ended(pid: i32) -> Report {
+    obstacle(
+        "engine-main-thread-ended",
+        "its main thread has ended while others run",
+    )
+    .pid(pid)
+    .remedy("keep the main thread until the others have ended")
+}
+
 /// Threads that are seized so far.
 struct Holding {
     threads: BTreeMap<i32, Option<Tracee>>,
@@ -134,8 +145,11 @@ impl Holding {
                 Err(error) if is_gone(&error) => continue,
                 Err(error) => return Err(failure("reading status", &error).pid(pid).into()),
             };
-            if matches!(status.state, 'Z' | 'X') {
+            if status.is_dead() {
                 continue;
+            }
+            if status.state == 'Z' {
+                return Err(main_thread_ended(pid).into());
             }
             if !self.threads.contains_key(&pid)
                 && pids.contains(&status.parent)
@@ -178,17 +192,9 @@ impl Holding {
                     continue;
                 }
             };
-            for (child, vfork) in children {
-                let tracee = Tracee::attached(child);
-                if vfork {
-                    // Let it get on to exec; the next round finds it.
-                    if until_stopped(&tracee, self.since)?.is_some() {
-                        let _ = tracee.detach();
-                    }
-                } else {
-                    self.threads.insert(child, Some(tracee));
-                    waiting.push(child);
-                }
+            for child in children {
+                self.threads.insert(child, Some(Tracee::attached(child)));
+                waiting.push(child);
             }
         }
         Ok(())
@@ -257,8 +263,8 @@ fn seize(pid: i32, tid: i32) -> Result<Option<Tracee>> {
 }
 
 /// Waits until the thread stands in its interrupt stop; gives the children that the kernel attached
-/// on the way (and whether by vfork), or `None` when the thread has ended.
-fn until_stopped(tracee: &Tracee, since: Instant) -> Result<Option<Vec<(i32, bool)>>> {
+/// on the way, or `None` when the thread has ended.
+fn until_stopped(tracee: &Tracee, since: Instant) -> Result<Option<Vec<i32>>> {
     let tid = tracee.tid();
     let mut children = Vec::new();
     loop {
@@ -309,7 +315,16 @@ fn until_stopped(tracee: &Tracee, since: Instant) -> Result<Option<Vec<(i32, boo
                 ..
             } => {
                 if let Ok(child) = tracee.event_message() {
-                    children.push((child, which == event::VFORK));
+                    if which == event::VFORK {
+                        // Its parent stops only after it has called exec or ended: it runs on, and
+                        // the next round finds it.
+                        let child = Tracee::attached(child);
+                        if until_stopped(&child, since)?.is_some() {
+                            let _ = child.detach();
+                        }
+                    } else {
+                        children.push(child);
+                    }
                 }
                 0
             }

@@ -145,6 +145,12 @@ pub fn timerfd(clock: i32, value: u64, interval: u64, ticks: u64) -> io::Result<
         tv_sec: (nanoseconds / 1_000_000_000) as i64,
         tv_nsec: (nanoseconds % 1_000_000_000) as i64,
     };
+    // An expired periodic timer goes on when it is read; a value of 0 would disarm it.
+    let value = if value == 0 && interval > 0 && ticks > 0 {
+        1
+    } else {
+        value
+    };
     let setting = libc::itimerspec {
         it_interval: time(interval),
         it_value: time(value),

@@ -131,13 +131,16 @@ struct Ending {
 
 impl Ending {
     fn end(mut self) -> Result<()> {
-        for socket in &self.sockets {
-            // Under repair a socket is closed without a word to its peer (invariant: no FIN or RST
-            // escapes). The duplicates here stay open until the processes are gone.
-            Repair::begin(std::os::fd::AsFd::as_fd(socket))
-                .map_err(|error| obstacle("engine-tcp", error.to_string()))?
-                .keep();
-        }
+        // Under repair a socket is closed without a word to its peer (invariant: no FIN or RST
+        // escapes). The duplicates here stay open until the processes are gone. All or none: a job
+        // that runs on has no socket under repair.
+        let repairs = self
+            .sockets
+            .iter()
+            .map(|socket| Repair::begin(std::os::fd::AsFd::as_fd(socket)))
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(|error| obstacle("engine-tcp", error.to_string()))?;
+        repairs.into_iter().for_each(Repair::keep);
         // All are killed before any is waited for: a child's end must not wake its parent.
         for process in &self.tree.processes {
             if !process.threads.is_empty() {

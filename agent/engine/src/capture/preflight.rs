@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crcoord_common::report::Report;
+use crcoord_common::report::{Class, Report};
 use crcoord_common::wire::control::Preflight;
 use crcoord_common::wire::engine::CaptureTarget;
 use crcoord_kernel::proc::{self, Status};
@@ -15,7 +15,26 @@ use crate::resources::{CaptureContext, mappings, process};
 use crate::tree::{discover, is_gone};
 
 /// Looks at everything that would be captured. Hashes of mapped files are kept for the capture.
+///
+/// The tree runs meanwhile: to a look that knows nothing of a child born since, a pipe to that child
+/// seems to lead outside. So an obstacle counts only if a second look finds it again.
 pub fn preflight(target: &CaptureTarget, hashes: &mut ContentHashes) -> Result<Preflight> {
+    let mut result = look(target, hashes)?;
+    if result.findings.iter().any(is_obstacle) {
+        let again = look(target, hashes)?;
+        let before = std::mem::replace(&mut result, again).findings;
+        result
+            .findings
+            .retain(|finding| !is_obstacle(finding) || before.contains(finding));
+    }
+    Ok(result)
+}
+
+fn is_obstacle(finding: &Report) -> bool {
+    finding.class != Class::Note
+}
+
+fn look(target: &CaptureTarget, hashes: &mut ContentHashes) -> Result<Preflight> {
     let pids =
         discover(target.scope).map_err(|error| failure("listing the process tree", &error))?;
     let mut result = Preflight::default();

@@ -6,7 +6,7 @@ use crcoord_common::ids::ObjectId;
 use crcoord_common::image::{ManifestBody, ObjectEntry, ObjectKind, PageRun, Record, WINDOW_BYTES};
 use crcoord_common::report::Report;
 use crcoord_common::wire::control::CaptureSummary;
-use crcoord_kernel::inject::{Injection, Original, signal_bit};
+use crcoord_kernel::inject::{InjectError, Injection, Original, signal_bit};
 use crcoord_kernel::memory;
 use crcoord_kernel::proc::{self, Stat, Status};
 use crcoord_kernel::sys::{self, CpuSet};
@@ -27,6 +27,8 @@ use crate::tree::HeldProcess;
 /// Less private memory than this is copied at once: a copy-on-write copy of the process would take
 /// longer.
 const COPY_LIMIT: u64 = 1 << 20;
+const EAGAIN: i32 = 11;
+const ENOMEM: i32 = 12;
 
 impl Held {
     /// Takes everything. With `ends` the tree is going to end after its pages are read; else it will
@@ -69,6 +71,7 @@ impl Held {
             sources: Vec::new(),
             copied: Copies::default(),
             threads: 0,
+            subreapers: false,
         };
         for process in &tree.processes {
             taking.process(process)?;
@@ -189,6 +192,8 @@ struct Taking<'a> {
     sources: Vec<PageSource>,
     copied: Copies,
     threads: u32,
+    /// A process of the tree so far is a subreaper.
+    subreapers: bool,
 }
 
 impl Taking<'_> {
@@ -203,13 +208,7 @@ impl Taking<'_> {
             return Ok(());
         };
         if main.tid() != pid {
-            return Err(crate::error::obstacle(
-                "engine-main-thread-ended",
-                "its main thread has ended while others run",
-            )
-            .pid(pid)
-            .remedy("keep the main thread until the others have ended")
-            .into());
+            return Err(crate::tree::main_thread_ended(pid).into());
         }
         let inner = self.inner.get(&pid).copied().unwrap_or(pid);
         let status = Status::read(pid).map_err(failed("reading status"))?;
@@ -229,11 +228,9 @@ impl Taking<'_> {
             let _ = sys::pin_to_cpu(stat.cpu.max(0) as usize);
         }
         let mut injection = Injection::begin(main, pid, &originals[0], &mappings)?;
-        self.records.push(Record::encode(&ProcessImage::capture(
-            pid,
-            self.family,
-            &mut injection,
-        )?));
+        let image = ProcessImage::capture(pid, self.family, &mut injection)?;
+        self.subreapers |= image.subreaper;
+        self.records.push(Record::encode(&image));
         let mut threads = Vec::with_capacity(originals.len());
         for (index, (thread, original)) in process.threads.iter().zip(&originals).enumerate() {
             threads.push(ThreadImage::capture(
@@ -288,11 +285,25 @@ impl Taking<'_> {
         let (ranges, together) = apart_from(&only_here, ranges);
         self.copy(pid, object, &together)?;
         let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-        if bytes <= COPY_LIMIT {
+        // The copy is a child of the nearest subreaper, which must not be a program of the tree.
+        if bytes <= COPY_LIMIT || self.subreapers {
             injection.end()?;
             return self.copy(pid, object, &ranges);
         }
-        let copy = injection.snapshot()?;
+        let copy = match injection.snapshot() {
+            Ok(copy) => copy,
+            // No process or memory to be had (RLIMIT_NPROC, pids.max, strict overcommit).
+            Err(InjectError::Call { error, .. })
+                if matches!(error.raw_os_error(), Some(EAGAIN | ENOMEM)) =>
+            {
+                injection.end()?;
+                return self.copy(pid, object, &ranges);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        // What the copy keeps alive is charged to the job: out of memory, the copy goes first.
+        std::fs::write(format!("/proc/{}/oom_score_adj", copy.tid()), "1000")
+            .map_err(failed("setting oom_score_adj"))?;
         let (pid, snapshot) = (copy.tid(), Some(Snapshot(Some(copy))));
         injection.end()?;
         self.sources.push(PageSource {

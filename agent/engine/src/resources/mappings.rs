@@ -107,6 +107,10 @@ impl ContentHashes {
         use std::os::unix::fs::MetadataExt;
         let seen = format!("/proc/{pid}/root{path}");
         let metadata = std::fs::metadata(&seen)?;
+        if !metadata.is_file() {
+            // A device has no end.
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
         let key = (
             path.to_owned(),
             metadata.len(),

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::files::{DELETED, open_as_owner};
 use super::{RestoreContext, credentials};
 use crate::error::{Result, failure, obstacle};
+use crate::tree::{is_gone, main_thread_ended};
 
 /// One process, without threads, memory and descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,10 +65,13 @@ const NAMESPACES: [&str; 7] = ["mnt", "net", "ipc", "uts", "user", "pid", "cgrou
 /// Reasons why a process cannot be captured; the tree may run.
 pub fn check(pids: &[i32], pid: i32) -> std::io::Result<Vec<Report>> {
     let status = Status::read(pid)?;
-    if matches!(status.state, 'Z' | 'X') {
+    if status.is_dead() {
         return Ok(Vec::new());
     }
-    let mut reports = credentials::check(pid, &status);
+    if status.state == 'Z' {
+        return Ok(vec![main_thread_ended(pid)]);
+    }
+    let mut reports = check_threads(pid)?;
     let mut refuse = |code: &str, message: String, remedy: &str| {
         reports.push(obstacle(code, message).pid(pid).remedy(remedy));
     };
@@ -143,6 +147,43 @@ pub fn check(pids: &[i32], pid: i32) -> std::io::Result<Vec<Report>> {
                 );
             }
         }
+    }
+    Ok(reports)
+}
+
+/// What must be true of every thread.
+fn check_threads(pid: i32) -> std::io::Result<Vec<Report>> {
+    let mut reports: Vec<Report> = Vec::new();
+    for tid in proc::threads(pid)? {
+        let status = match Status::read_thread(pid, tid) {
+            Ok(status) => status,
+            Err(error) if is_gone(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        let mut found = credentials::check(pid, &status);
+        if status.state == 'T' {
+            found.push(
+                obstacle("engine-stopped", "is stopped by a signal")
+                    .pid(pid)
+                    .remedy("let it go on (SIGCONT) before the checkpoint"),
+            );
+        }
+        for (what, name) in [
+            (Compare::Descriptors, "descriptor table"),
+            (Compare::FileSystem, "working directory"),
+        ] {
+            if tid != pid && kcmp(what, pid, tid, 0, 0).is_ok_and(std::cmp::Ordering::is_ne) {
+                let message = format!("a thread has a {name} of its own");
+                found.push(
+                    obstacle("engine-thread-unshared", message)
+                        .pid(pid)
+                        .tid(tid)
+                        .remedy("run the program without unshare(2) in threads"),
+                );
+            }
+        }
+        found.retain(|report| !reports.contains(report));
+        reports.extend(found);
     }
     Ok(reports)
 }
@@ -284,9 +325,14 @@ impl ProcessImage {
         }
         stub.run_all(&calls)?;
         let path = format!("/proc/{}/oom_score_adj", stub.tid());
-        // Lowering needs CAP_SYS_RESOURCE; a job that was protected by its administrator is so again
-        // only where the administrator's agent may.
-        let _ = std::fs::write(path, &self.oom_score_adj);
+        let wanted: i32 = self.oom_score_adj.parse().unwrap_or(0);
+        // Never better protected than an ordinary process, for an image is untrusted; nor than the
+        // builder, which would need CAP_SYS_RESOURCE.
+        let own = std::fs::read_to_string(&path)
+            .map_err(|error| failure("reading oom_score_adj", &error))?;
+        let least = own.trim().parse::<i32>().unwrap_or(0).max(0);
+        std::fs::write(path, wanted.clamp(least, 1000).to_string())
+            .map_err(|error| failure("setting oom_score_adj", &error))?;
         Ok(())
     }
 

@@ -189,6 +189,11 @@ impl ThreadImage {
                 [address, size.into(), 0, signature.into()],
             )])?;
         }
+        Ok(())
+    }
+
+    /// Sets priorities, with the rights of the thread's own user: after its identity.
+    pub fn restore_priority(&self, stub: &Stub) -> Result<()> {
         restore_nice(stub, self.nice)?;
         let (policy, priority) = self.policy;
         if policy != 0 {

@@ -35,6 +35,15 @@ impl IntervalTimersImage {
                 *word = u64::from_ne_bytes(value);
             }
         }
+        for [_, _, seconds, microseconds] in
+            timers.iter_mut().filter(|timer| timer[0] | timer[1] != 0)
+        {
+            // An expired periodic timer is armed again when its signal is taken, which nobody does in
+            // a hold; the next expiration merges with the pending one.
+            if *seconds | *microseconds == 0 {
+                *microseconds = 1;
+            }
+        }
         let runs = timers.iter().any(|timer| timer[2] | timer[3] != 0);
         Ok(runs.then_some(IntervalTimersImage { pid: inner, timers }))
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 
 use crcoord_common::ids::ObjectId;
 use crcoord_common::image::record::RecordError;
-use crcoord_common::image::{ImageRecord, Record};
+use crcoord_common::image::{ImageRecord, PageRun, Record, WINDOW_BYTES};
 use crcoord_common::wire::engine::RestoreTarget;
 use crcoord_kernel::proc::vm_flags;
 use crcoord_kernel::sys::page_size;
@@ -131,6 +131,9 @@ impl Image {
                 self.roots.push(*pid);
             }
             if process.zombie.is_some() {
+                if self.spaces.contains_key(pid) || self.threads.contains_key(pid) {
+                    return Err(bad("is dead but has memory or threads").into());
+                }
                 continue;
             }
             let Some(threads) = self.threads.get(pid) else {
@@ -211,6 +214,54 @@ impl Image {
             .values()
             .find(|space| space.object == object)
             .map(|space| space.pid)
+    }
+
+    /// True when every page of a run lies in private memory of its process, or inside its shared
+    /// object: an image must not reach the builder's code or the kernel's mappings.
+    pub fn may_fill(&self, run: &PageRun) -> bool {
+        let page = page_size();
+        let Some(start) = run.window.checked_mul(WINDOW_BYTES) else {
+            return false;
+        };
+        if start.checked_add(WINDOW_BYTES).is_none() {
+            return false;
+        }
+        if let Some(shared) = self
+            .shared
+            .iter()
+            .find(|shared| shared.object == run.object)
+        {
+            let end = shared.size.next_multiple_of(page);
+            return run
+                .pieces(page)
+                .all(|(at, _, length)| at + length as u64 <= end);
+        }
+        let Some(space) = self
+            .spaces
+            .values()
+            .find(|space| space.object == run.object)
+        else {
+            return false;
+        };
+        run.pieces(page).all(|(at, _, length)| {
+            let end = at + length as u64;
+            let mut at = at;
+            // Neighbouring mappings may share a piece.
+            while at < end {
+                let next = space.mappings.partition_point(|mapping| mapping.end <= at);
+                match space.mappings.get(next) {
+                    Some(mapping)
+                        if mapping.start <= at
+                            && !matches!(mapping.backing, Backing::Kernel(_))
+                            && !mapping.has(vm_flags::SHARED) =>
+                    {
+                        at = mapping.end;
+                    }
+                    _ => return false,
+                }
+            }
+            true
+        })
     }
 
     /// The lowest descriptor number above all of the image.

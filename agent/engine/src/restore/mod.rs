@@ -140,6 +140,11 @@ impl Building {
         if run.bytes(sys::page_size()) != bytes.len() as u64 {
             return Err(bad_image("a run of pages has the wrong length").into());
         }
+        if !self.image.may_fill(run) {
+            return Err(bad_image("pages lie outside of the memory they belong to")
+                .address(format!("{:#x}", run.start()))
+                .into());
+        }
         self.filled += bytes.len() as u64;
         if let Some(file) = self.shared.get(&run.object) {
             return shared_memory::fill(file, run, bytes);

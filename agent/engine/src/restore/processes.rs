@@ -230,6 +230,10 @@ pub fn finish(image: &Image, pid: i32, stubs: &mut Stubs, target: &RestoreTarget
         thread.credentials.restore(stub)?;
     }
     main_image.credentials.restore(main)?;
+    for (thread, stub) in &made {
+        thread.restore_priority(stub)?;
+    }
+    main_image.restore_priority(main)?;
     process.restore_late(main)?;
     main.set_untraced_flags(&main_image.decoded_registers()?)?;
     for (thread, stub) in &made {

@@ -30,7 +30,20 @@ pub enum Interrupted {
 
 /// Calls that end with EINTR when a tracer interrupts them, although the program got no signal
 /// (signal(7), "Interruption of system calls and library functions by stop signals").
-const ENDS_WITH_EINTR: [i64; 7] = [
+///
+/// Calls on sockets are among them where the socket has a timeout (socket(7), SO_RCVTIMEO).
+const ENDS_WITH_EINTR: [i64; 18] = [
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,

@@ -70,6 +70,11 @@ impl Status {
         ))?)
     }
 
+    /// True when the whole process has ended: a zombie main thread may have living siblings.
+    pub fn is_dead(&self) -> bool {
+        self.state == 'X' || (self.state == 'Z' && self.threads <= 1)
+    }
+
     /// The pid in the innermost namespace.
     pub fn inner_pid(&self) -> i32 {
         self.namespace_pids.last().copied().unwrap_or(0)
