@@ -187,6 +187,8 @@ pub struct Injection<'a> {
     vdso: u64,
     vdso_bytes: [u8; 8],
     stack_frame: u64,
+    /// What the program has there, while a frame of ours is in its place.
+    stack_bytes: Option<Vec<u8>>,
     area: Option<u64>,
     deferred: Vec<i32>,
     parked: bool,
@@ -233,6 +235,7 @@ impl<'a> Injection<'a> {
             vdso,
             vdso_bytes,
             stack_frame: frame,
+            stack_bytes: None,
             area: None,
             deferred: Vec::new(),
             parked: false,
@@ -242,7 +245,7 @@ impl<'a> Injection<'a> {
     }
 
     fn map_area(&mut self) -> Result<()> {
-        let saved = self.enter_by_vdso()?;
+        self.enter_by_vdso()?;
         let gadget = self.vdso + arch::BOOTSTRAP_OFFSET;
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
@@ -265,7 +268,7 @@ impl<'a> Injection<'a> {
             })
             .map_err(|error| trace_error("writing the injected code", tid, error))?;
         self.park(self.thread, &self.original, area, area + FRAME_MAIN)?;
-        self.put_back_stack(&saved)
+        self.put_back_stack()
     }
 
     /// Makes a thread safe to lose: registers at our code, then all signals blocked.
@@ -290,20 +293,26 @@ impl<'a> Injection<'a> {
             .map_err(|error| trace_error("parking", tid, error))
     }
 
-    fn enter_by_vdso(&mut self) -> Result<Vec<u8>> {
+    fn enter_by_vdso(&mut self) -> Result<()> {
         let tid = self.thread.tid();
-        let length = arch::return_frame_bytes(&self.original.extended) as usize;
-        let mut saved = vec![0; length];
-        memory::read(self.pid, self.stack_frame, &mut saved)
-            .map_err(|error| trace_error("reading the stack", tid, error))?;
+        // Kept until it is back: a second entry after a failure must not take our frame for it.
+        if self.stack_bytes.is_none() {
+            let mut bytes = vec![0; arch::return_frame_bytes(&self.original.extended) as usize];
+            memory::read(self.pid, self.stack_frame, &mut bytes)
+                .map_err(|error| trace_error("reading the stack", tid, error))?;
+            self.stack_bytes = Some(bytes);
+        }
         let gadget = self.vdso + arch::BOOTSTRAP_OFFSET;
         self.park(self.thread, &self.original, gadget, self.stack_frame)?;
         self.parked = true;
-        Ok(saved)
+        Ok(())
     }
 
-    fn put_back_stack(&self, saved: &[u8]) -> Result<()> {
-        memory::write(self.pid, self.stack_frame, saved)
+    fn put_back_stack(&mut self) -> Result<()> {
+        let Some(bytes) = self.stack_bytes.take() else {
+            return Ok(());
+        };
+        memory::write(self.pid, self.stack_frame, &bytes)
             .map_err(|error| trace_error("restoring the stack", self.thread.tid(), error))
     }
 
@@ -444,14 +453,14 @@ impl<'a> Injection<'a> {
         if !self.parked {
             return self.put_back_vdso();
         }
-        let saved = self.enter_by_vdso()?;
+        self.enter_by_vdso()?;
         if let Some(area) = self.area.take() {
             let gadget = self.vdso + arch::BOOTSTRAP_OFFSET;
             self.call_at(gadget, libc::SYS_munmap, [area, AREA_BYTES, 0, 0, 0, 0])?;
         }
         leave(self.thread, &self.original)?;
         self.parked = false;
-        self.put_back_stack(&saved)?;
+        self.put_back_stack()?;
         self.put_back_vdso()?;
         for signal in self.deferred.drain(..) {
             sys::kill(self.pid, signal)
