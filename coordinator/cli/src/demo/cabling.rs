@@ -13,6 +13,9 @@ use super::error::DemoError;
 const BRIDGE: &str = "bridge0";
 /// The interface's name on every other node.
 pub const UPLINK: &str = "eth0";
+/// The bridge's hardware address. Without one of its own it takes the lowest of its ports (Linux
+/// 6.18), and a node's end could change it under all others, who would talk to nobody until they ask anew.
+const BRIDGE_HARDWARE: [u8; 6] = [0x02, b'c', b'r', b'c', b'o', 1];
 /// Length of the network's prefix.
 const PREFIX: u8 = 24;
 
@@ -21,7 +24,11 @@ pub fn make_bridge(head: i32, address: IpAddr) -> Result<(), DemoError> {
     inside(head, |handle| async move {
         let made = handle
             .link()
-            .add(LinkBridge::new(BRIDGE).build())
+            .add(
+                LinkBridge::new(BRIDGE)
+                    .address(BRIDGE_HARDWARE.to_vec())
+                    .build(),
+            )
             .execute()
             .await;
         made.map_err(refused("making a bridge"))?;
