@@ -241,8 +241,11 @@ impl Sandbox {
                         .map_or("", str::trim)
                         .to_owned()
                 };
+                let syscall = fs::read_to_string(entry.path().join("syscall"));
                 threads.push(ThreadState {
                     pid,
+                    name: field("Name:"),
+                    system_call: syscall.unwrap_or_default().trim_end().to_owned(),
                     state: field("State:").chars().next().unwrap_or('?'),
                     traced: field("TracerPid:") != "0",
                 });
@@ -280,10 +283,14 @@ impl Sandbox {
 }
 
 /// What `/proc` says about a thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ThreadState {
     /// Its process.
     pub pid: i32,
+    /// Its name.
+    pub name: String,
+    /// What it waits in (proc_pid_syscall(5)).
+    pub system_call: String,
     /// The letter of its state (proc_pid_status(5)).
     pub state: char,
     /// Whether it has a tracer.

@@ -106,13 +106,25 @@ fn damage_of_any_bit_is_found_before_a_process_is_built() {
         let what = format!("manifest, byte {byte}, bit {bit}");
         images.refuses(&what, REFUSED, &damaged, pack);
     }
+    // Compressed bytes may say the same in another way: then nothing is damaged.
+    let mut same = Vec::new();
     for (byte, bit) in anywhere(&mut random, pack.len()) {
         let mut damaged = pack.clone();
         damaged[byte as usize] ^= 1 << bit;
-        let what = format!("pack, byte {byte}, bit {bit}");
-        images.refuses(&what, REFUSED, manifest, &damaged);
+        let ended = images.restore(manifest, &damaged);
+        if ended.was_killed() {
+            same.push(damaged);
+        } else {
+            ended.refused(&format!("pack, byte {byte}, bit {bit}"), REFUSED);
+        }
+        assert!(images.sandbox.pids().is_empty());
     }
-    images.restores();
+    println!("{} of {FLIPS} flips in the pack change nothing", same.len());
+    assert!((same.len() as u64) < FLIPS / 10);
+    let pack = same.first().unwrap_or(pack);
+    let image = images.write(manifest, pack);
+    images.sandbox.restore(&image).done("the same content");
+    images.specimen.verify("the same content");
 }
 
 #[test]
