@@ -117,7 +117,7 @@ fn damage_of_any_bit_is_found_before_a_process_is_built() {
         } else {
             ended.refused(&format!("pack, byte {byte}, bit {bit}"), REFUSED);
         }
-        assert!(images.sandbox.pids().is_empty());
+        images.sandbox.await_empty("a flip in the pack");
     }
     println!("{} of {FLIPS} flips in the pack change nothing", same.len());
     assert!((same.len() as u64) < FLIPS / 10);
