@@ -65,12 +65,12 @@ fn interrupted(name: &str, directory: &Path, script: &str, milliseconds: u64) ->
 #[test]
 fn a_bash_pipeline_computes_the_same() {
     installed("/usr/bin/awk", "mawk");
-    let script = "for i in 1 2 3 4 5 6 7 8; do \
+    let script = "for i in $(seq 30); do \
                   seq $i 7 900000 | awk '{ print ($1 * 7919) % 104729, $1 }' | sort -n | md5sum; \
                   done";
     let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let expected = uninterrupted(directories[0].path(), script);
-    let found = interrupted("bash", directories[1].path(), script, 500);
+    let found = interrupted("bash", directories[1].path(), script, 250);
     assert_eq!(
         String::from_utf8_lossy(&found),
         String::from_utf8_lossy(&expected)
@@ -133,7 +133,7 @@ fn python_with_threads_and_numpy_computes_the_same() {
     // One thread of the library each, so that sums are formed in the same order.
     let script = format!("OPENBLAS_NUM_THREADS=1 {} work.py", python.display());
     let expected = uninterrupted(directory.path(), &script);
-    let found = interrupted("numpy", directory.path(), &script, 600);
+    let found = interrupted("numpy", directory.path(), &script, 250);
     assert_eq!(
         String::from_utf8_lossy(&found),
         String::from_utf8_lossy(&expected)
