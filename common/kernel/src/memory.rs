@@ -5,8 +5,6 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::ring::Ring;
-
 /// A contiguous piece of another process: address and length.
 pub type Piece = (u64, usize);
 
@@ -27,14 +25,6 @@ pub fn read_pieces(pid: i32, pieces: &[Piece], buffer: &mut [u8]) -> io::Result<
             total,
         )
     }
-}
-
-/// Reads pieces of another process into a slot of a ring.
-pub fn read_into_ring(pid: i32, pieces: &[Piece], ring: &Ring, slot: u32) -> io::Result<()> {
-    let total: usize = pieces.iter().map(|piece| piece.1).sum();
-    let to = ring.slot(slot, total)?;
-    // SAFETY: the slot is inside the mapping and has room for all pieces.
-    unsafe { transfer(libc::SYS_process_vm_readv, pid, pieces, to.as_ptr(), total) }
 }
 
 /// As [`read_pieces`], also from pages that the process itself may not read: those of a tracee are
@@ -94,11 +84,6 @@ pub fn write_forced(pid: i32, address: u64, bytes: &[u8]) -> io::Result<()> {
         .write(true)
         .open(format!("/proc/{pid}/mem"))?
         .write_all_at(bytes, address)
-}
-
-/// Writes to memory behind an already open /proc/PID/mem.
-pub fn write_through(memory: &std::fs::File, address: u64, bytes: &[u8]) -> io::Result<()> {
-    memory.write_all_at(bytes, address)
 }
 
 /// # Safety

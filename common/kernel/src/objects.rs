@@ -92,12 +92,6 @@ pub fn set_status_flags(fd: impl AsFd, flags: u32) -> io::Result<()> {
     check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, flags as i32) }).map(drop)
 }
 
-/// Who gets SIGIO for a descriptor (F_GETOWN); 0 for nobody.
-pub fn signal_owner(fd: impl AsFd) -> io::Result<i32> {
-    // SAFETY: integers only.
-    check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETOWN) })
-}
-
 /// An eventfd(2) with this counter.
 pub fn eventfd(count: u64, semaphore: bool) -> io::Result<OwnedFd> {
     let semaphore = if semaphore { libc::EFD_SEMAPHORE } else { 0 };

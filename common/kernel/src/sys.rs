@@ -221,16 +221,6 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends the calling process's tree of half-built children with it: the signal it gets when its
-/// parent thread dies (PR_SET_PDEATHSIG).
-pub fn die_with_parent() -> io::Result<()> {
-    // SAFETY: integers only.
-    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// Duplicates a descriptor to the lowest free number that is at least `minimum`, close-on-exec.
 pub fn duplicate_above(fd: BorrowedFd<'_>, minimum: i32) -> io::Result<OwnedFd> {
     // SAFETY: integers only.

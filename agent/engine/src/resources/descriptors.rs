@@ -143,16 +143,6 @@ fn read(pid: i32, fd: i32) -> io::Result<Description> {
     })
 }
 
-/// The kind that takes a description.
-pub fn kind_of(
-    context: &CaptureContext<'_>,
-    description: &Description,
-) -> Option<&'static DescriptorKind> {
-    DESCRIPTORS
-        .iter()
-        .find(|kind| (kind.recognise)(context, description))
-}
-
 /// Descriptions of one kind.
 pub type OfKind<'a> = (&'static DescriptorKind, Vec<&'a Description>);
 
